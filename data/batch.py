@@ -1,0 +1,70 @@
+"""Batches, the sources of their samples, and the endless sequence of them that one rank works through."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from data.shards import Order
+
+
+@dataclass
+class Batch:
+    """One rank's slice of a global batch, and where in the run it stands (which keys every random draw)."""
+
+    x: Tensor  # images in [-1, 1] or latents, (B, C, H, W) float32
+    latent: bool  # x needs no codec
+    condition: Tensor | None = None  # class labels, (B,) int64
+    noise: Tensor | None = None  # the noise that a pair's teacher started from, as x
+    seed: int = 0
+    step: int = 0  # optimizer step
+    start: int = 0  # position of the first sample in the global batch
+    size: int = 0  # samples in the global batch
+
+
+class Source(ABC):
+    """Samples by index. `manifest` is the set's manifest."""
+
+    manifest: dict[str, Any]
+
+    @abstractmethod
+    def read(self, indices: np.ndarray) -> Batch:
+        """Return the samples at these indices, in this order."""
+
+
+class Steps(IterableDataset):
+    """The batches of one rank from a certain step on: position = step x global batch, of which a rank takes its slice.
+
+    Args:
+        source: the samples.
+        batch: size of the global batch.
+        seed: of the order and of all draws.
+        first: step to begin with.
+        rank: this process.
+        world: number of processes.
+        parts: micro-batches accumulated in one step.
+    """
+
+    def __init__(self, source: Source, batch: int, seed: int, first: int = 0, rank: int = 0, world: int = 1, parts: int = 1):
+        if batch % (world * parts):
+            raise ValueError(f"data.batch: {batch} is not a multiple of {world} processes x {parts} accumulated batches")
+        self.source, self.batch, self.seed, self.first = source, batch, seed, first
+        self.rank, self.world, self.parts = rank, world, parts
+        self.order = [shard["count"] for shard in source.manifest["shards"]]
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        at, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        order, micro = Order(self.order, self.seed), self.first * self.parts + at
+        local = self.batch // (self.world * self.parts)
+        while True:
+            step, part = divmod(micro, self.parts)
+            start = (part * self.world + self.rank) * local
+            batch = self.source.read(order.indices(step * self.batch + start, local))
+            batch.seed, batch.step, batch.start, batch.size = self.seed, step, start, self.batch
+            yield batch
+            micro += stride

@@ -1,0 +1,166 @@
+"""Images: packing any folder into shards of PNG, and reading them."""
+
+import io
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from data.batch import Batch, Source
+from data.digits import CLASSES, digits
+from data.files import canonical, digest
+from data.progress import Meter
+from data.shards import ShardReader, ShardWriter
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+UNREADABLE = 0.01  # fraction of corrupt images above which packing is an error
+Item = tuple[str, Callable[[], Image.Image], int | None]
+
+
+def folder_items(folder: Path) -> tuple[list[Item], list[str] | None]:
+    """Return (name, opener, class) of every image below a folder, sorted, and the classes: subfolders, if any."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        raise ValueError(f"{folder}: no images there ({', '.join(sorted(SUFFIXES))})")
+    top = [path.relative_to(folder).parts[0] if path.parent != folder else None for path in paths]
+    if None in top and any(top):
+        loose = paths[top.index(None)]
+        raise ValueError(f"{loose}: lies beside class folders; move it into one, or all images into one folder")
+    classes = sorted({name for name in top if name}) or None
+    labels = [classes.index(name) if classes and name else None for name in top]
+    names = [str(path.relative_to(folder)) for path in paths]
+    return [(n, lambda p=p: Image.open(p), c) for n, p, c in zip(names, paths, labels)], classes
+
+
+def fit(image: Image.Image, size: int, grey: bool) -> Image.Image:
+    """Return an image upright, 8 bits, grey or RGB, scaled on its shorter side and cropped to a centred square."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits; Pillow would clip them
+        image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return ImageOps.fit(image.convert("L" if grey else "RGB"), (size, size), Image.Resampling.BICUBIC)
+
+
+def png(image: Image.Image) -> bytes:
+    """Return an image as PNG bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def pack(
+    out: Path, images: Path | None = None, size: int = 32, grey: bool = False, holdout: float = 0.1, shard: int = 1024
+) -> None:
+    """Pack images into webdataset shards of PNG: OUT/train and OUT/heldout.
+
+    Args:
+        out: folder for the two sets.
+        images: folder of images, subfolders are classes; without it, scikit-learn's handwritten digits.
+        size: height and width in pixels; images are scaled and centre-cropped.
+        grey: one channel instead of three (the digits are grey anyway).
+        holdout: fraction of the images, evenly spaced, that training never sees.
+        shard: images in one shard.
+    """
+    if not 0 <= holdout < 1:
+        raise ValueError(f"holdout: {holdout} must lie in [0, 1)")
+    items, classes = folder_items(images) if images else (digits(), CLASSES)
+    grey = grey or images is None
+    every = round(1 / holdout) if holdout else len(items) + 1
+    splits = {"train": [i for i in range(len(items)) if i % every != every - 1]}
+    splits["heldout"] = [i for i in range(len(items)) if i % every == every - 1]
+    origin = {"source": str(images or "sklearn.datasets.load_digits"), "size": size, "grey": grey, "classes": classes}
+    origin |= {"holdout": holdout, "listing": listing(images, items)}
+    unreadable: list[str] = []
+    with Meter("pack", len(items), "images") as meter:
+        for split, members in splits.items():
+            if members:
+                writer = ShardWriter(out / split, "images", {**origin, "split": split}, len(members), shard)
+                pack_split(writer, [items[i] for i in members], meter, unreadable, UNREADABLE * len(items))
+    for name in unreadable:
+        print(f"pack: skipped unreadable {name}", file=sys.stderr)
+
+
+def listing(folder: Path | None, items: list[Item]) -> str:
+    """Return a checksum of the images' names, sizes and times of change: another listing is another set."""
+    stats = [(folder / name).stat() for name, _, _ in items] if folder else []
+    return digest(canonical([[item[0] for item in items], [[stat.st_size, stat.st_mtime_ns] for stat in stats]]))
+
+
+def pack_split(writer: ShardWriter, items: list[Item], meter: Meter, unreadable: list[str], tolerated: float) -> None:
+    """Pack one split; unreadable images are skipped and named in their shard's record, too many are an error."""
+    size, grey = writer.plan["size"], writer.plan["grey"]
+
+    def samples(indices: range, skipped: list[str]) -> Iterator[dict[str, Any]]:
+        for i in indices:
+            name, opened, klass = items[i]
+            meter.add(1)
+            try:
+                data = png(fit(opened(), size, grey))
+            except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # what Pillow raises on broken files
+                skipped.append(name)
+                unreadable.append(name)
+                if len(unreadable) > tolerated:
+                    raise ValueError(f"{name}: unreadable ({error}), as are {len(unreadable)} images so far: over 1 %") from None
+                continue
+            sample = {"__key__": f"{i:09d}", "png": data}
+            yield sample if klass is None else {**sample, "cls": str(klass).encode()}
+
+    for number in writer.numbers():
+        if record := writer.finished(number):
+            meter.add(len(writer.indices(number)))
+            unreadable.extend(record["skipped"])
+        else:
+            skipped: list[str] = []
+            writer.write(number, samples(writer.indices(number), skipped), skipped=skipped)
+    writer.finish()
+
+
+class Images(Source):
+    """Packed images, as float32 in [-1, 1].
+
+    Args:
+        path: the set, made by `rectify pack`.
+        cache: decoded images kept in memory (the most recently read).
+    """
+
+    def __init__(self, path: str, cache: int = 4096):
+        self.path, self.cache = path, cache
+        self.reader = ShardReader(path, "images")
+        self.manifest = self.reader.manifest
+        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def pixels(self, i: int) -> np.ndarray:
+        """Return image i as uint8, (C, H, W)."""
+        if i not in self._kept:
+            pixels = np.asarray(Image.open(io.BytesIO(self.reader[i]["png"].tobytes())))
+            self._kept[i] = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+            if len(self._kept) > self.cache:
+                self._kept.popitem(last=False)
+        return self._kept[i]
+
+    def read(self, indices: np.ndarray) -> Batch:
+        stacked = torch.from_numpy(np.stack([self.pixels(int(i)) for i in indices]))
+        labels = [label(self.reader[int(i)]) for i in indices] if self.manifest["classes"] else None
+        return Batch(stacked.float() / 127.5 - 1, latent=False, condition=torch.tensor(labels) if labels else None)
+
+
+def label(sample: dict[str, Any]) -> int:
+    """Return the class of a sample read from a shard."""
+    return int(sample["cls"].tobytes())
+
+
+def read_all(source: Source, count: int, batch: int = 512) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield (x, condition) of samples 0 .. count - 1 in order, in batches."""
+    for start in range(0, count, batch):
+        part = source.read(np.arange(start, min(count, start + batch)))
+        yield part.x, part.condition

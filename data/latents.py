@@ -1,0 +1,36 @@
+"""Latents: what a codec made of images, as float16, beside the codec that can decode them (`set/codec`)."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import Batch, Source
+from data.images import label
+from data.shards import ShardReader, decode_array, encode_array
+
+
+def latent_sample(key: str, latent: Tensor, klass: int | None) -> dict[str, Any]:
+    """Return one latent (C, H, W), and its class if it has one, as a shard's sample in float16."""
+    sample = {"__key__": key, "npy": encode_array(latent.cpu().numpy().astype(np.float16))}
+    return sample if klass is None else {**sample, "cls": str(klass).encode()}
+
+
+class Latents(Source):
+    """Encoded images, float32 of unit variance.
+
+    Args:
+        path: the set, made by `rectify encode`.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.reader = ShardReader(path, "latents")
+        self.manifest = self.reader.manifest
+
+    def read(self, indices: np.ndarray) -> Batch:
+        samples = [self.reader[int(i)] for i in indices]
+        latents = np.stack([decode_array(sample["npy"]) for sample in samples]).astype(np.float32)
+        labels = torch.tensor([label(sample) for sample in samples]) if "cls" in samples[0] else None
+        return Batch(torch.from_numpy(latents), latent=True, condition=labels)

@@ -1,0 +1,120 @@
+"""Pairs: (noise index, the sample that a teacher drew from that noise, condition). The noise itself is a function."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import Batch, Source
+from data.files import digest
+from data.images import label
+from data.latents import latent_sample
+from data.noise import GENERATOR, noise
+from data.shards import ShardReader, ShardWriter, decode_array, encode_array
+
+
+def noise_checksums(seed: int, count: int, shape: Sequence[int]) -> dict[str, str]:
+    """Return sha256 of the bits of a few noises of a set: a reader whose generator differs must not go on."""
+    return {str(i): digest(noise(seed, i, shape).numpy().tobytes()) for i in sorted({0, count // 2, count - 1})}
+
+
+class PairWriter:
+    """Writes a pair set, shard by shard, by any number of processes (see ShardWriter).
+
+    Args:
+        folder: where the set goes.
+        provenance: plain values: teacher (hash), sampler, steps, guidance, interpolant, prediction, dtype, and so on.
+        count: pairs in the set.
+        seed: of the noises.
+        shape: of one sample, (C, H, W).
+        shard: pairs in one shard.
+        store_noise: keep each noise (float32) beside its sample too, for readers without our generator.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        provenance: dict[str, Any],
+        count: int,
+        seed: int,
+        shape: Sequence[int],
+        shard: int = 512,
+        store_noise: bool = False,
+    ):
+        self.seed, self.shape, self.store_noise = seed, tuple(shape), store_noise
+        bits = {"seed": seed, "generator": GENERATOR, "checksums": noise_checksums(seed, count, shape)}
+        plan = {**provenance, "noise": bits, "shape": list(shape), "store_noise": store_noise}
+        self.shards = ShardWriter(folder, "pairs", plan, count, shard)
+
+    def noise(self, number: int) -> Tensor:
+        """Return the noises of a shard, (n, C, H, W)."""
+        return torch.stack([noise(self.seed, i, self.shape) for i in self.shards.indices(number)])
+
+    def write(self, number: int, samples: Tensor, conditions: Tensor | None) -> None:
+        """Write a shard of samples (n, C, H, W), drawn from `noise(number)`, with their conditions (n,)."""
+        classes = [None] * len(samples) if conditions is None else conditions.tolist()
+        keys = [f"{i:09d}" for i in self.shards.indices(number)]
+        rows = [latent_sample(key, x, klass) for key, x, klass in zip(keys, samples, classes, strict=True)]
+        if self.store_noise:
+            for row, eps in zip(rows, self.noise(number)):
+                row["noise.npy"] = encode_array(eps.numpy())
+        self.shards.write(number, rows)
+
+
+class PairSet:
+    """Random access to a finished pair set: `len`, `[i] -> {"noise", "sample", "condition", "index"}`.
+
+    Args:
+        folder: the set, made by `rectify collect`.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.reader = ShardReader(folder, "pairs")
+        self.manifest = self.reader.manifest
+        self.seed, self.shape = self.manifest["noise"]["seed"], tuple(self.manifest["shape"])
+        for index, bits in self.manifest["noise"]["checksums"].items():
+            if digest(noise(self.seed, int(index), self.shape).numpy().tobytes()) != bits:
+                raise ValueError(f"{folder}: noise {index} has other bits here than where the pairs were collected")
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        row = self.reader[i]
+        index = int(row["__key__"])
+        sample = torch.from_numpy(decode_array(row["npy"]).astype(np.float32))
+        condition = label(row) if "cls" in row else None
+        return {"noise": noise(self.seed, index, self.shape), "sample": sample, "condition": condition, "index": index}
+
+
+class Pairs(Source):
+    """Pairs as a source of training batches that bring their own noise.
+
+    Args:
+        path: the set, made by `rectify collect`.
+        guidance: the scale that the set must have been collected at; training refuses another.
+    """
+
+    def __init__(self, path: str, guidance: float = 1.0):
+        self.path, self.guidance = path, guidance
+        self.pairs = PairSet(path)
+        self.manifest = self.pairs.manifest
+        self.agree("guidance", guidance)
+
+    def agree(self, key: str, wanted: Any) -> None:
+        """Refuse to go on when the set's provenance says otherwise than the configuration."""
+        if (found := self.manifest[key]) != wanted:
+            raise ValueError(f"{self.path}: collected with {key} {found}, the configuration says {wanted}")
+
+    def read(self, indices: np.ndarray) -> Batch:
+        rows = [self.pairs[int(i)] for i in indices]
+        labels = [row["condition"] for row in rows]
+        return Batch(
+            torch.stack([row["sample"] for row in rows]),
+            latent=True,
+            condition=None if None in labels else torch.tensor(labels),
+            noise=torch.stack([row["noise"] for row in rows]),
+        )

@@ -1,0 +1,118 @@
+"""Writing sets: every shard is a unit of work that can be done by anyone, in any order, any number of times."""
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from webdataset import TarWriter
+
+from data.files import atomic, canonical, digest, file_digest, read_json, sweep, write_json
+
+FORMAT = 1
+
+
+def encode_array(array: np.ndarray) -> bytes:
+    """Return an array as .npy bytes."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def index_tar(path: Path) -> tuple[list[str], np.ndarray]:
+    """Return a tar's fields and offsets: (fields,) and (samples, fields, 2), start and length, -1 where absent."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, _, field = member.name.partition(".")
+            samples.setdefault(key, {})[field] = (member.offset_data, member.size)
+    fields = sorted({field for sample in samples.values() for field in sample})
+    offsets = [[sample.get(field, (-1, -1)) for field in fields] for sample in samples.values()]
+    return fields, np.array(offsets, dtype=np.int64).reshape(len(offsets), len(fields), 2)
+
+
+class ShardWriter:
+    """Writes a set shard by shard, skipping what is finished; the same arguments give the same bytes.
+
+    Args:
+        folder: where the set goes.
+        kind: what the samples are: images, latents or pairs.
+        provenance: plain values that say where the samples come from; a folder that was begun with others is refused.
+        count: number of indices in the whole set.
+        shard: indices in one shard.
+    """
+
+    def __init__(self, folder: str | Path, kind: str, provenance: dict[str, Any], count: int, shard: int):
+        if count < 1 or shard < 1:
+            raise ValueError(f"{folder}: a set needs at least one sample and one per shard, got {count} and {shard}")
+        self.folder, self.count, self.shard = Path(folder), count, shard
+        self.plan = {"format": FORMAT, "kind": kind, "count": count, "shard": shard, **provenance}
+        self.stamp = digest(canonical(self.plan))
+        path = self.folder / "plan.json"
+        if path.exists():
+            self._refuse_another(read_json(path))
+        else:
+            write_json(path, self.plan)
+
+    def _refuse_another(self, begun: dict[str, Any]) -> None:
+        for key in sorted(begun.keys() | self.plan.keys()):
+            if begun.get(key) != self.plan.get(key):
+                raise ValueError(
+                    f"{self.folder}: holds another set: {key} is {begun.get(key)!r} there and {self.plan.get(key)!r} here; "
+                    "choose another folder or delete that one"
+                )
+
+    def numbers(self) -> range:
+        """Return the numbers of all shards."""
+        return range(-(-self.count // self.shard))
+
+    def indices(self, number: int) -> range:
+        """Return the global indices of a shard."""
+        return range(number * self.shard, min(self.count, (number + 1) * self.shard))
+
+    def finished(self, number: int) -> dict[str, Any] | None:
+        """Return a finished shard's record, or None if it is still to be made (or was damaged since)."""
+        path = self._path(number, "json")
+        if not path.exists():
+            return None
+        record = read_json(path)
+        tar = self._path(number, "tar")
+        whole = tar.exists() and tar.stat().st_size == record["bytes"] and self._path(number, "npy").exists()
+        return record if whole and record["stamp"] == self.stamp else None
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the shards still to be made."""
+        return [number for number in self.numbers() if not self.finished(number)]
+
+    def write(self, number: int, samples: Iterable[dict[str, Any]], **extra: Any) -> None:
+        """Write one shard: the tar, its offsets, and last its record (with plain values `extra`).
+
+        Each sample is {"__key__": name, field: bytes}; the names must be unique in the set.
+        """
+        tar = self._path(number, "tar")
+        with atomic(tar) as file, TarWriter(file, encoder=False, mtime=0.0) as writer:
+            for sample in samples:
+                writer.write(sample)
+        fields, offsets = index_tar(tar)
+        with atomic(self._path(number, "npy")) as file:
+            file.write(encode_array(offsets))
+        record = {"count": len(offsets), "bytes": tar.stat().st_size, "sha256": file_digest(tar), "fields": fields}
+        write_json(self._path(number, "json"), {**record, "stamp": self.stamp, **extra})
+
+    def finish(self, **extra: Any) -> bool:
+        """Write the manifest if every shard is finished, and tell; any process may, and all would write the same."""
+        records = [self.finished(number) for number in self.numbers()]
+        if not all(records):
+            return False
+        shards = [{"name": self._path(n, "tar").name, **r} for n, r in enumerate(records) if r]
+        for shard in shards:
+            del shard["stamp"]
+        samples = sum(shard["count"] for shard in shards)
+        write_json(self.folder / "manifest.json", {**self.plan, **extra, "samples": samples, "shards": shards})
+        sweep(self.folder, "[0-9]*")
+        return True
+
+    def _path(self, number: int, suffix: str) -> Path:
+        return self.folder / f"{number:06d}.{suffix}"

@@ -1,0 +1,30 @@
+"""The endless shuffled stream as Lightning wants it."""
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from data.batch import Source, Steps
+
+
+class Stream(LightningDataModule):
+    """An endless shuffled stream over one source; resuming needs only the step, on any number of processes.
+
+    Args:
+        source: the samples (Images, Latents or Pairs).
+        batch: samples in one step over all processes and accumulated batches.
+        seed: of the order and of every random draw in training.
+        workers: reading processes per rank; 0 reads in the training process.
+    """
+
+    def __init__(self, source: Source, batch: int = 256, seed: int = 0, workers: int = 0):
+        super().__init__()
+        self.source, self.batch, self.seed, self.workers = source, batch, seed, workers
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the stream from the trainer's global step on."""
+        run = self.trainer
+        assert run is not None
+        steps = Steps(
+            self.source, self.batch, self.seed, run.global_step, run.global_rank, run.world_size, run.accumulate_grad_batches
+        )
+        return DataLoader(steps, batch_size=None, num_workers=self.workers, persistent_workers=self.workers > 0)

@@ -1,0 +1,97 @@
+"""The `rectify` command. Verbs are imported only when they are called, so that `rectify --help` is instant."""
+
+import argparse
+import difflib
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+VERBS = {
+    "pack": ("data.images:pack", "pack a folder of images (or the bundled digits) into webdataset shards"),
+    "fit": ("deploy.fit:fit", "train an autoencoder, a teacher or a student (LightningCLI: --config, --print_config)"),
+    "encode": ("trainer.encode:encode", "encode packed images into shards of latents"),
+    "collect": ("trainer.collect:collect", "collect (noise, sample) pairs from a teacher"),
+    "sample": ("trainer.sample:sample", "draw a grid of images from a run"),
+    "evaluate": ("trainer.evaluate:evaluate", "measure quality against the number of network evaluations"),
+    "export": ("deploy.export:export", "write a diffusers folder that plain diffusers loads"),
+    "report": ("trainer.report:report", "write summary.json and a self-contained report.html of a pipeline's folder"),
+    "run": ("deploy.run:run", "run a pipeline of these, skipping what is finished"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the first word."""
+    lines = [f"  {verb:9} {text}" for verb, (_, text) in VERBS.items()]
+    top = argparse.ArgumentParser(
+        prog="rectify",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="rectify [-h] VERB ...",
+        description="Trains image generators and turns slow ones into fast ones.\n\n" + "\n".join(lines),
+        epilog="`rectify VERB --help` tells a verb's options. Start with `rectify run configs/digits/pipeline.yaml`.",
+    )
+    top.add_argument("verb", metavar="VERB", choices=VERBS, help=argparse.SUPPRESS)
+    return top
+
+
+def nearest(message: str, known: Sequence[str]) -> str:
+    """Return a hint that names the known word nearest to one quoted in an error message, if any is near."""
+    for word in re.findall(r"[\w.-]+", " ".join(re.findall(r"[\"'`](.*?)[\"'`]", message)))[::-1]:
+        leaf = word.lstrip("-")
+        if leaf not in known and (close := difflib.get_close_matches(leaf, known, 1, 0.6)):
+            return f"; did you mean `{close[0]}`?"
+    return ""
+
+
+def call(verb: str, args: Sequence[str]) -> None:
+    """Import a verb and call it with arguments parsed by its own signature."""
+    module, _, name = VERBS[verb][0].partition(":")
+    function = getattr(importlib.import_module(module), name)
+    if verb == "fit":
+        return function(args)
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    about = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
+    options = ArgumentParser(prog=f"rectify {verb}", description=about, exit_on_error=False)
+    names = options.add_function_arguments(function)
+    try:
+        values = options.instantiate_classes(options.parse_args(list(args)))
+    except ArgumentError as error:
+        raise ValueError(f"{verb}: {first_line(error)}{nearest(unrecognized(str(error)), names)}") from None
+    function(**values.as_dict())
+
+
+def unrecognized(message: str) -> str:
+    """Return an error message with the options that argparse did not recognize in quotes."""
+    return re.sub(r"--([\w-]+)", r"'\1'", message)
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's message on one line."""
+    return re.sub(r"\s*\n\s*", " ", str(error)).strip()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Bad input is one line and exit code 2; RECTIFY_TRACEBACK=1 shows where it arose."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words:
+        parser().print_help()
+        return 2
+    verb = words[0]
+    if not verb.startswith("-") and verb not in VERBS:
+        print(f"rectify: error: no verb {verb!r}{nearest(repr(verb), list(VERBS)) or '; see rectify --help'}", file=sys.stderr)
+        return 2
+    verb = parser().parse_args(words[:1]).verb
+    try:
+        call(verb, words[1:])
+    except (ValueError, OSError) as error:
+        if os.environ.get("RECTIFY_TRACEBACK"):
+            raise
+        print(f"rectify: error: {first_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rectify: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0

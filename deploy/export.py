@@ -1,0 +1,151 @@
+"""Export: a run as a diffusers folder that plain `DiffusionPipeline.from_pretrained` loads."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from data.files import atomic_folder, canonical, read_json
+from models import teacher as teachers
+from models.clock import Tabulated
+from models.codec import KL
+from models.condition import ClassLabel, Condition
+from models.denoiser import Denoiser
+from models.interpolant import Linear
+from models.nets.dit import DiT
+from models.prediction import Velocity
+from models.sampler import DDIM
+
+NULL = 1000  # the class that DiTPipeline takes for "not told"
+CHECKED = (1, 2, 3, 4, 8, 32)  # step counts at which the folder is compared with our sampler
+TOLERANCE = 1e-4  # of images in [0, 1]
+
+
+def transformer(net: DiT) -> DiTTransformer2DModel:
+    """Return our DiT as diffusers' class: the same function, with one embedder per block and 1,001 label rows."""
+    if net.classes > NULL:
+        raise ValueError(f"export: {net.classes} classes; DiTPipeline holds at most {NULL}")
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=net.heads,
+        attention_head_dim=net.width // net.heads,
+        in_channels=net.channels,
+        num_layers=net.depth,
+        sample_size=net.size,
+        patch_size=net.patch,
+        num_embeds_ada_norm=NULL,
+        norm_eps=1e-6,
+    )
+    theirs.load_state_dict(renamed(net))
+    return theirs.eval()
+
+
+def renamed(net: DiT) -> dict[str, Tensor]:
+    """Return our DiT's weights under diffusers' names."""
+    ours = net.state_dict()
+    table = ours["label.weight"][-1].repeat(NULL + 1, 1)  # unknown classes are "not told"
+    table[: net.classes] = ours["label.weight"][:-1]
+    out = {}
+
+    def put(name: str, layer: str, rows: slice = slice(None)) -> None:
+        out[f"{name}.weight"], out[f"{name}.bias"] = ours[f"{layer}.weight"][rows], ours[f"{layer}.bias"][rows]
+
+    put("pos_embed.proj", "embed"), put("proj_out_1", "modulation"), put("proj_out_2", "out")
+    for i in range(net.depth):
+        block, mine = f"transformer_blocks.{i}", f"blocks.{i}"
+        put(f"{block}.norm1.emb.timestep_embedder.linear_1", "clock_in")
+        put(f"{block}.norm1.emb.timestep_embedder.linear_2", "clock_out")
+        out[f"{block}.norm1.emb.class_embedder.embedding_table.weight"] = table
+        put(f"{block}.norm1.linear", f"{mine}.modulation")
+        for j, part in enumerate(("to_q", "to_k", "to_v")):
+            put(f"{block}.attn1.{part}", f"{mine}.attention.qkv", slice(j * net.width, (j + 1) * net.width))
+        put(f"{block}.attn1.to_out.0", f"{mine}.attention.out")
+        put(f"{block}.ff.net.0.proj", f"{mine}.grow"), put(f"{block}.ff.net.2", f"{mine}.shrink")
+    return out
+
+
+def scheduler() -> DPMSolverMultistepScheduler:
+    """Return the scheduler that walks Linear + Velocity by DDIM: its grid starts at sigma = .999."""
+    return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=1)
+
+
+def on_grid_of(scheduler: DPMSolverMultistepScheduler, denoiser: Denoiser, steps: int) -> tuple[DDIM, Denoiser]:
+    """Return our sampler and denoiser on a scheduler's own sigmas, its integer timesteps being the network's clock."""
+    scheduler.set_timesteps(steps)
+    sigmas = scheduler.sigmas.tolist()
+    clock = Tabulated(sigmas[:-1], scheduler.timesteps.tolist())
+    return DDIM(steps, sigmas), Denoiser(denoiser.net, denoiser.interpolant, denoiser.prediction, clock)
+
+
+@torch.inference_mode()
+def compare(folder: Path, denoiser: Denoiser, codec: KL, condition: Condition, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Return, by steps, how far a loaded pipeline's images lie from ours, on its grid and on our native uniform one."""
+    pipe = DiTPipeline.from_pretrained(folder, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    classes = condition.classes if isinstance(condition, ClassLabel) else 1
+    labels = [i % classes for i in range(max(10, min(classes, 20)))]
+    told = condition(torch.tensor(labels))
+    result = {}
+    for steps in CHECKED:
+        theirs = pipe(labels, guidance_scale=1.0, num_inference_steps=steps, output_type="pt", generator=torch.manual_seed(seed))
+        eps = torch.randn(len(labels), denoiser.net.channels, *[denoiser.net.size] * 2, generator=torch.manual_seed(seed))
+        walk, timed = on_grid_of(scheduler(), denoiser, steps)
+        gaps = {}
+        for name, x in (("same_grid", walk.walk(timed, eps, told)[-1]), ("native_grid", DDIM(steps)(denoiser, eps, told))):
+            ours = (codec.decode(x) / 2 + 0.5).clamp(0, 1)
+            gaps[name] = (theirs.images - ours).abs().max().item()
+        result[str(steps)] = gaps
+    return result
+
+
+def export(run: Path, out: Path, steps: int = 4) -> None:
+    """Write a run's EMA weights as a diffusers folder, after comparing its images with our own sampler's.
+
+    Args:
+        run: run folder or checkpoint of a DiT with Linear and Velocity, in latents.
+        out: the folder to write (replaced as a whole).
+        steps: recommended number of steps, for the model card.
+    """
+    denoiser, codec, condition = teachers.load(run)
+    form = f"{denoiser.interpolant!r} and {denoiser.prediction!r}"
+    if not (isinstance(denoiser.interpolant, Linear) and denoiser.interpolant.sigma_min == 0):
+        raise ValueError(f"{run}: is trained with {form}; export knows Linear(sigma_min=0.0) and Velocity()")
+    if not isinstance(denoiser.prediction, Velocity):
+        raise ValueError(f"{run}: is trained with {form}; export knows Linear(sigma_min=0.0) and Velocity()")
+    if not isinstance(codec, KL) or not isinstance(denoiser.net, DiT):
+        raise ValueError(f"{run}: export knows a DiT in the latents of an AutoencoderKL")
+    weights = teachers.fingerprint(denoiser)
+    if (out / "export.json").exists() and read_json(out / "export.json")["denoiser"] == weights:
+        return
+    vae = AutoencoderKL.from_config(codec.vae.config)
+    vae.load_state_dict(codec.vae.state_dict())
+    names = {i: str(i) for i in range(denoiser.net.classes)} or None
+    with atomic_folder(out) as folder:
+        DiTPipeline(transformer(denoiser.net), vae, scheduler(), names).save_pretrained(folder)
+        gaps = compare(folder, denoiser, codec, condition)
+        worst = max(gap["same_grid"] for gap in gaps.values())
+        if not worst <= TOLERANCE:
+            raise ValueError(f"{run}: the exported folder's images differ from ours by {worst:.2g}, over {TOLERANCE}; not written")
+        (folder / "README.md").write_text(card(run, steps, denoiser, worst))
+        record = {"format": 1, "denoiser": weights, "max_abs_diff": worst, "gaps": gaps, "steps": steps}
+        (folder / "export.json").write_bytes(canonical(record))
+
+
+def card(run: Path, steps: int, denoiser: Denoiser, worst: float) -> str:
+    """Return the model card."""
+    return f"""---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+---
+# {run.name}
+
+A DiT ({sum(p.numel() for p in denoiser.parameters()):,} parameters, EMA weights) trained by `rectify` with
+{denoiser.interpolant!r} and {denoiser.prediction!r}. Recommended: {steps} steps and guidance_scale=1 (the pipeline's default is 4).
+
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained("{run.name}")
+    images = pipe(class_labels=[0, 1, 2], guidance_scale=1.0, num_inference_steps={steps}).images
+
+Class {NULL} (and any class it was not trained on) means "not told". The scheduler walks from sigma .999 to 0 by DDIM;
+its images equal those of rectify's sampler on the same grid to {worst:.1g}.
+"""

@@ -1,0 +1,83 @@
+"""`rectify fit`: LightningCLI with short class names, our checkpoints and log, and "to resume, run the same command"."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import data.images
+import data.latents
+import data.pairs
+import models.nets.dit
+import trainer.autoencoder
+import trainer.callbacks.ema
+import trainer.module  # noqa: F401  (imported classes are known by their short names)
+from data.files import atomic
+from data.stream import Stream
+from deploy.cli import first_line, nearest
+from models import teacher
+from trainer.callbacks.checkpoint import Checkpoints
+from trainer.callbacks.metrics import Metrics
+
+DEFAULTS = {  # of the Trainer; a configuration may say otherwise
+    "max_epochs": -1,
+    "use_distributed_sampler": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class Fit(LightningCLI):
+    """Parses a configuration and builds trainer, model and data."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run folder, and the callbacks that every run has."""
+        parser.add_argument("--out", type=str, required=True, help="Run folder: config, checkpoints, metrics, codec.")
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(Metrics, "metrics")
+        parser.link_arguments("out", "trainer.default_root_dir")
+        parser.link_arguments("seed_everything", "data.seed")
+
+    def before_instantiate_classes(self) -> None:
+        """Stop early where nothing is left to do; log to wandb, offline, unless told otherwise."""
+        config, run = self.config, Path(self.config.out)
+        if config.trainer.max_steps < 1:
+            raise ValueError(f"trainer.max_steps: {config.trainer.max_steps}; say how many steps to train (the stream is endless)")
+        self.newest = teacher.newest(run) if any((run / "checkpoints").glob("step=*.ckpt")) else None
+        if self.newest and int(self.newest.stem.removeprefix("step=")) >= config.trainer.max_steps:
+            print(f"fit: {run} is finished ({self.newest.name})", file=sys.stderr)
+            raise SystemExit(0)
+        if config.trainer.logger is None:
+            os.environ.setdefault("WANDB_SILENT", "true")
+            options = {"offline": True, "project": "rectify", "name": run.name, "save_dir": str(run)}
+            config.trainer.logger = Namespace(
+                class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(**options)
+            )
+        text = self.parser.dump(config, skip_none=False)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            with atomic(run / "config.yaml") as file:
+                file.write(text.encode())
+
+
+def fit(args: Sequence[str]) -> None:
+    """Train what a configuration says, from its newest checkpoint on if there is one."""
+    warnings.filterwarnings("ignore", r".*(LightningCLI's args parameter|does not have many workers|treespec|LeafSpec).*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    try:
+        cli = Fit(
+            datamodule_class=Stream,
+            save_config_callback=None,
+            trainer_defaults=DEFAULTS,
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False, "prog": "rectify fit"},
+            run=False,
+            args=list(args),
+        )
+    except ArgumentError as error:
+        raise ValueError(f"fit: {first_line(error)}") from None
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.newest, weights_only=True)

@@ -1,0 +1,71 @@
+"""`rectify run`: a pipeline is a list of `rectify` commands; each is run once, and the same command resumes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.files import canonical, digest, read_json, write_json
+
+
+def command(stage: dict[str, Any], out: Path, quick: bool) -> list[str]:
+    """Return a stage's words: its verb, and an option for every entry, with {out} filled in."""
+    (verb, options), *rest = [item for item in stage.items() if item[0] not in ("name", "quick")]
+    if rest:
+        raise ValueError(f"stage {stage['name']}: has several verbs ({verb}, {rest[0][0]}); write two stages")
+    words = [verb]
+    for key, value in {**options, **(stage.get("quick") or {} if quick else {})}.items():
+        words += [f"--{key}", str(value).replace("{out}", str(out))]
+    return words
+
+
+def fingerprint(words: list[str], before: str) -> str:
+    """Return a checksum of a command, of the YAML that it reads, and of everything before it."""
+    files = [yaml.safe_load(Path(word).read_text()) for word in words if word.endswith(".yaml") and Path(word).is_file()]
+    return digest(canonical([words, files, before]))
+
+
+def load(config: Path) -> dict[str, Any]:
+    """Read and check a pipeline."""
+    pipeline = yaml.safe_load(config.read_text())
+    if not isinstance(pipeline, dict) or not {"out", "stages"} <= pipeline.keys():
+        raise ValueError(f"{config}: a pipeline needs `out` and `stages`")
+    names = [stage.get("name") for stage in pipeline["stages"]]
+    if None in names or len(set(names)) < len(names):
+        raise ValueError(f"{config}: every stage needs a `name` of its own, got {names}")
+    return pipeline
+
+
+def run(config: Path, out: Path | None = None, quick: bool = False) -> None:
+    """Run a pipeline's stages one after another, skipping the finished ones; killed, the same command goes on.
+
+    Args:
+        config: the pipeline's YAML: `out`, and `stages`, each a name and one verb with its options.
+        out: folder to use instead of the YAML's.
+        quick: use each stage's `quick` options: every stage, in little time, for a test.
+    """
+    pipeline = load(config)
+    out = out or Path(pipeline["out"])
+    stamp = ""
+    for place, stage in enumerate(pipeline["stages"], 1):
+        words = command(stage, out, quick)
+        stamp = fingerprint(words, stamp)
+        record, title = out / "stages" / f"{place:02d}-{stage['name']}.json", f"[{place}/{len(pipeline['stages'])}] {stage['name']}"
+        if record.exists():
+            if read_json(record)["fingerprint"] != stamp:
+                raise ValueError(f"{out}: stage {stage['name']} was finished with other settings; choose another --out or delete {out}")
+            print(f"{title}: finished", file=sys.stderr, flush=True)
+            continue
+        print(f"{title}: rectify {' '.join(words)}", file=sys.stderr, flush=True)
+        began = time.monotonic()
+        code = subprocess.run([sys.executable, "-m", "deploy", *words]).returncode
+        if code:
+            raise SystemExit(code if code > 0 else 128 - code)
+        write_json(record, {"fingerprint": stamp, "words": words, "seconds": round(time.monotonic() - began, 1)})
+    from trainer.report.summary import table
+
+    if (out / "summary.json").exists():
+        print(table(read_json(out / "summary.json")))

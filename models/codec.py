@@ -1,0 +1,76 @@
+"""Codecs: image <-> latent. Images are float32 in [-1, 1], shape (B, C, H, W)."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class Codec(nn.Module, ABC):
+    """A frozen pair of maps between images and the x that a denoiser learns."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Return x of images (B, C, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def decode(self, x: Tensor) -> Tensor:
+        """Return images, not clamped, of x."""
+
+
+class Identity(Codec):
+    """Pixels are the data."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+
+class KL(Codec):
+    """A diffusers AutoencoderKL folder; latents are posterior means times its `scaling_factor`.
+
+    Args:
+        path: the folder (config.json and safetensors weights).
+    """
+
+    def __init__(self, path: str):
+        super().__init__()
+        from diffusers import AutoencoderKL
+
+        if not (Path(path) / "config.json").is_file():
+            raise FileNotFoundError(f"{path}: no config.json there; a codec is a diffusers AutoencoderKL folder")
+        self.path = path
+        self.vae = AutoencoderKL.from_pretrained(path, use_safetensors=True).eval().requires_grad_(False)
+
+    @property
+    def scale(self) -> float:
+        """What latents are multiplied by to have unit variance (diffusers' scaling_factor)."""
+        return self.vae.config.scaling_factor
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.vae.encode(images).latent_dist.mode() * self.scale
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.vae.decode(x / self.scale).sample
+
+    def save(self, path: Path) -> None:
+        """Write the diffusers folder, weights as safetensors."""
+        self.vae.save_pretrained(path)
+
+
+def load(path: str | Path | None) -> Codec:
+    """Load a codec: None is Identity; a folder is a diffusers AutoencoderKL or a run that holds one as `codec/`."""
+    if path is None:
+        return Identity()
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such codec folder; train one with `rectify fit` or give a diffusers AutoencoderKL")
+    return KL(str(path / "codec" if (path / "codec").is_dir() else path))
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Round images in [-1, 1] to uint8 in [0, 255], same shape."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

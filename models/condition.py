@@ -1,0 +1,45 @@
+"""Conditions: what the network is told beside the state."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+
+class Condition(ABC):
+    """Turns a batch's raw conditions into what the network reads, with classifier-free dropout."""
+
+    @abstractmethod
+    def __call__(self, raw: Tensor | None, chance: Tensor | None = None) -> Tensor | None:
+        """Return the network's condition of raw conditions (B,).
+
+        `chance`, uniform numbers (B,), drops each sample's condition on its own with the condition's dropout
+        probability; without it (sampling) nothing is dropped.
+        """
+
+
+class Unconditional(Condition):
+    """The network is told nothing."""
+
+    def __call__(self, raw: Tensor | None, chance: Tensor | None = None) -> Tensor | None:
+        return None
+
+
+class ClassLabel(Condition):
+    """The network is told a class; the label `classes` means "not told".
+
+    Args:
+        classes: number of classes.
+        dropout: probability, in [0, 1], of hiding a sample's label in training (classifier-free guidance, 2207.12598).
+    """
+
+    def __init__(self, classes: int, dropout: float = 0.0):
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"ClassLabel: dropout is {dropout}, it must lie in [0, 1]")
+        self.classes, self.dropout = classes, dropout
+
+    def __call__(self, raw: Tensor | None, chance: Tensor | None = None) -> Tensor | None:
+        if raw is None:
+            raise ValueError("ClassLabel: the data carries no class labels; use Unconditional")
+        if chance is None:
+            return raw
+        return raw.where(chance >= self.dropout, self.classes)

@@ -1,0 +1,31 @@
+"""The denoiser: network + interpolant + prediction. Samplers and plain objectives see nothing else of a model."""
+
+import torch
+from torch import Tensor, nn
+
+from models.clock import Clock, Scaled
+from models.interpolant import Interpolant
+from models.prediction import Prediction
+
+
+class Denoiser(nn.Module):
+    """Estimates data and noise from a state: `denoiser(x_t, t, cond) -> (x_hat, eps_hat)`.
+
+    Args:
+        net: the network, called as net(x_t, clock(t), cond) -> y, shapes (B, C, H, W), (B,), as the condition gives.
+        interpolant: alpha(t) and sigma(t) of the states.
+        prediction: the row that the network's output y is.
+        clock: what the network reads of t; by default the network's own `clock`, else t itself.
+    """
+
+    def __init__(self, net: nn.Module, interpolant: Interpolant, prediction: Prediction, clock: Clock | None = None):
+        super().__init__()
+        self.net, self.interpolant, self.prediction = net, interpolant, prediction
+        self.clock = clock or getattr(net, "clock", None) or Scaled(1.0)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (x_hat, eps_hat), shapes (B, C, H, W), at least float32, for t in [0, 1] of shape (B,) or ()."""
+        dtype = torch.promote_types(x_t.dtype, torch.float32)
+        x_t, t = x_t.to(dtype), t.to(dtype).expand(len(x_t))
+        y = self.net(x_t, self.clock(t), cond).to(dtype)
+        return self.prediction.solve(self.interpolant, y, x_t, t)

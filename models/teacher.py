@@ -1,0 +1,100 @@
+"""Teachers: denoisers read back from our runs and checkpoints, and the plain descriptions that rebuild them."""
+
+import hashlib
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models import codec as codecs
+from models.codec import Codec
+from models.condition import Condition
+
+FORMAT = 1  # of what `Generator` adds to a checkpoint under "rectify"
+
+
+def describe(thing: Any) -> Any:
+    """Return the plain description (class_path, init_args) of an object of `models`, the inverse of `build`.
+
+    It relies on one habit of this package: a constructor keeps every argument under its own name.
+    """
+    if not type(thing).__module__.startswith("models."):
+        return thing
+    names = inspect.signature(type(thing).__init__).parameters.keys() - {"self", "args", "kwargs"}
+    path = f"{type(thing).__module__}.{type(thing).__qualname__}"
+    return {"class_path": path, "init_args": {name: describe(getattr(thing, name)) for name in sorted(names)}}
+
+
+def build(spec: Any) -> Any:
+    """Build what `describe` described. Only classes of `models` are built: a checkpoint cannot name other code."""
+    if not (isinstance(spec, dict) and "class_path" in spec):
+        return spec
+    module, _, name = spec["class_path"].rpartition(".")
+    if not module.startswith("models."):
+        raise ValueError(f"class_path {spec['class_path']}: a checkpoint may only name classes of `models`")
+    cls = getattr(importlib.import_module(module), name)
+    return cls(**{key: build(value) for key, value in spec["init_args"].items()})
+
+
+def read(path: str | Path) -> dict:
+    """Read one of our checkpoints without running code from it; a file that is not one is an error that names it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such checkpoint") from None
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(checkpoint, dict) or "rectify" not in checkpoint:
+        raise ValueError(f"{path}: not a checkpoint of ours (it has no `rectify` entry); give a run folder made by `rectify fit`")
+    if checkpoint["rectify"]["format"] != FORMAT:
+        raise ValueError(f"{path}: checkpoint format {checkpoint['rectify']['format']}, this version reads {FORMAT}")
+    return checkpoint
+
+
+def newest(run: str | Path) -> Path:
+    """Return the newest finished checkpoint of a run folder (a checkpoint file is returned as it is)."""
+    run = Path(run)
+    if run.is_file():
+        return run
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run}: no such run folder; train one with `rectify fit`")
+    found = sorted((run / "checkpoints").glob("step=*.ckpt"))
+    if not found:
+        raise FileNotFoundError(f"{run}: no checkpoint under {run / 'checkpoints'}; run its `rectify fit` first")
+    return found[-1]
+
+
+def load(path: str | Path) -> tuple[nn.Module, Codec, Condition]:
+    """Load (denoiser, codec, condition) from a run folder or a checkpoint, with the EMA weights where there are any.
+
+    Raises:
+        FileNotFoundError: no such folder, or no checkpoint in it.
+        ValueError: the file is torn, or no checkpoint of a generator.
+    """
+    file = newest(path)
+    checkpoint = read(file)
+    spec = checkpoint["rectify"]
+    if "denoiser" not in spec:
+        raise ValueError(f"{file}: holds no denoiser (is it an autoencoder's run?)")
+    denoiser = build(spec["denoiser"])
+    denoiser.load_state_dict(checkpoint.get("ema") or weights(checkpoint))
+    codec = codecs.load(file.parent.parent / spec["codec"] if spec["codec"] else None)
+    return denoiser.eval().requires_grad_(False), codec, build(spec["condition"])
+
+
+def weights(checkpoint: dict) -> dict[str, Tensor]:
+    """Return the denoiser's own training weights in a generator's checkpoint."""
+    prefix = "denoiser."
+    return {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+
+
+def fingerprint(denoiser: nn.Module) -> str:
+    """Return a sha256 of what a denoiser is: its description and its weights, bit by bit."""
+    digest = hashlib.sha256(repr(describe(denoiser)).encode())
+    for name, value in sorted(denoiser.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

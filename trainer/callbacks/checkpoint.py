@@ -1,0 +1,54 @@
+"""Checkpoints that are whole or not there."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from data.files import replacing, sweep
+
+
+class Checkpoints(Checkpoint):
+    """Saves `checkpoints/step=N.ckpt` every so often and at the end, keeping the newest few.
+
+    Args:
+        every: optimizer steps between checkpoints.
+        keep: how many to keep, at least 1.
+    """
+
+    def __init__(self, every: int = 500, keep: int = 2):
+        if every < 1 or keep < 1:
+            raise ValueError(f"Checkpoints: every ({every}) and keep ({keep}) must be at least 1")
+        self.every, self.keep, self.saved = every, keep, -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove what a killed process left half-written."""
+        self.saved = trainer.global_step
+        if trainer.is_global_zero:
+            sweep(self._folder(trainer), "step=*")
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Save when a checkpoint is due."""
+        if trainer.global_step % self.every == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end."""
+        self._save(trainer)
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "checkpoints"
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.global_step == self.saved:
+            return
+        self.saved = trainer.global_step
+        path = self._folder(trainer) / f"step={self.saved:09d}.ckpt"
+        with replacing(path) if trainer.is_global_zero else nullcontext(path) as temporary:
+            trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            for old in sorted(path.parent.glob("step=*.ckpt"))[: -self.keep]:
+                old.unlink()
+        trainer.strategy.barrier("checkpoint")

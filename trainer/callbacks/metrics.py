@@ -1,0 +1,57 @@
+"""What a run tells: metrics.jsonl, always, and a progress line with rate and time left."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from data.files import atomic
+from data.progress import Meter
+
+
+class Metrics(Callback):
+    """Appends {"step", "seconds", loss, ...} to RUN/metrics.jsonl; a resumed run cuts it back to where it goes on.
+
+    Args:
+        every: optimizer steps between lines.
+    """
+
+    def __init__(self, every: int = 20):
+        if every < 1:
+            raise ValueError(f"Metrics: every is {every}, it must be at least 1")
+        self.every, self.step = every, -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop lines of steps that will be made again, and start the progress meter."""
+        self.step, self.began = trainer.global_step, time.monotonic()
+        self.path = Path(trainer.default_root_dir) / "metrics.jsonl"
+        name = self.path.parent.name
+        self.meter = Meter(f"fit {name}", trainer.max_steps, "steps", self.step, trainer.is_global_zero).__enter__()
+        if trainer.is_global_zero and self.path.exists():
+            with atomic(self.path) as file:
+                file.writelines(line + b"\n" for line in _whole(self.path) if json.loads(line)["step"] <= self.step)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Count the step, and write a line when one is due."""
+        if trainer.global_step == self.step:
+            return  # gradients are still accumulating
+        self.meter.add(trainer.global_step - self.step)
+        self.step = trainer.global_step
+        if trainer.is_global_zero and self.step % self.every == 0:
+            values = {name: value.item() for name, value in trainer.callback_metrics.items()}
+            seconds = round(time.monotonic() - self.began, 3)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": self.step, "seconds": seconds, **values}) + "\n")
+            self.meter.add(0, f"loss {values['loss']:.4f}")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close the meter, also after an error."""
+        if meter := self.__dict__.pop("meter", None):
+            meter.__exit__()
+
+
+def _whole(path: Path) -> list[bytes]:
+    """Return the lines of a log whose last one a kill may have torn."""
+    return path.read_bytes().split(b"\n")[:-1]

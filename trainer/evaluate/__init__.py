@@ -1,0 +1,152 @@
+"""Evaluation: quality against the number of network evaluations."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor
+
+from data.files import digest, replacing, write_json
+from data.images import Images, read_all
+from data.noise import noise
+from data.progress import Meter
+from models import teacher as teachers
+from models.codec import Codec, to_uint8
+from models.guidance import Guided
+from models.sampler import DDIM
+from trainer import job
+from trainer.collect import asked
+from trainer.evaluate.classifier import Classifier, trained
+from trainer.evaluate.measures import first_orderness, frechet, recall
+
+CHUNK, ROWS, TRAJECTORIES = 250, 4, 250  # samples drawn at once; rows of the sample grid; for first-orderness
+
+
+class Drawing:
+    """A model that draws images of asked classes from noises by index.
+
+    Args:
+        run: run folder or checkpoint.
+        guidance: scale of guidance.
+        seed: of the noises.
+        state: the process.
+    """
+
+    def __init__(self, run: Path, guidance: float, seed: int, state: PartialState):
+        denoiser, codec, self.condition = teachers.load(run)
+        self.denoiser, self.codec = Guided(denoiser, guidance).to(state.device), codec.to(state.device)
+        self.fingerprint, self.seed, self.state = teachers.fingerprint(denoiser), seed, state
+        self.shape = (denoiser.net.channels, denoiser.net.size, denoiser.net.size)
+
+    def start(self, indices: range) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return (noises, raw conditions, conditions as the network reads them) of indices."""
+        eps = torch.stack([noise(self.seed, i, self.shape) for i in indices]).to(self.state.device)
+        raw = asked(self.condition, indices)
+        told = self.condition(raw)
+        return eps, raw, None if told is None else told.to(self.state.device)
+
+    def images(self, indices: range, steps: int) -> tuple[Tensor, Tensor | None]:
+        """Return images in [-1, 1], on the CPU, and the classes asked."""
+        eps, raw, told = self.start(indices)
+        return self.codec.decode(DDIM(steps)(self.denoiser, eps, told)).clamp(-1, 1).cpu(), raw
+
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """Return images in [-1, 1], (B, C, H, W), side by side."""
+    rows = [torch.cat(list(row), dim=-1) for row in to_uint8(images).split(columns)]
+    return Image.fromarray(torch.cat(rows, dim=-2).permute(1, 2, 0).squeeze(-1).numpy())
+
+
+def measure(drawing: Drawing, classifier: Classifier, real: Tensor, steps: int, samples: int, meter: Meter) -> dict[str, Any]:
+    """Return distance, accuracy and recall of samples at a number of steps, drawn by all ranks in strided chunks."""
+    chunks = [range(start, min(samples, start + CHUNK)) for start in range(0, samples, CHUNK)]
+    found: list[tuple[int, Tensor, Tensor | None]] = []
+    for chunk in job.share(drawing.state, chunks):
+        images, raw = drawing.images(chunk, steps)
+        features, logits = classifier(images)
+        found.append((chunk.start, features, None if raw is None else logits.argmax(1) == raw))
+        meter.add(len(chunk) * steps)
+    whole = sorted(gather_object(found), key=lambda part: part[0])
+    fake, hits = torch.cat([part[1] for part in whole]), [part[2] for part in whole]
+    result = {"fd": frechet(real, fake), "recall": recall(real, fake), "precision": recall(fake, real)}
+    result["nfe"] = DDIM(steps).nfe(drawing.denoiser)
+    return result if None in hits else {**result, "accuracy": torch.cat(hits).float().mean().item()}
+
+
+def floors(codec: Codec, classifier: Classifier, sets: list[Images], samples: int, seed: int) -> dict[str, float]:
+    """Return what cannot be beaten: real images through the autoencoder alone, and real against bootstrapped real."""
+    real, through, squares = [], [], []
+    for images in sets:
+        squares = []  # of the last set, the held-out one
+        for x, _ in read_all(images, len(images)):
+            again = codec.decode(codec.encode(x)).clamp(-1, 1)
+            squares.append((again - x).square().mean((1, 2, 3)))
+            real.append(classifier(x)[0])
+            through.append(classifier(again)[0])
+    features, again = torch.cat(real), torch.cat(through)
+    drawn = torch.randint(len(features), (samples,), generator=torch.Generator().manual_seed(seed))
+    psnr = 10 * np.log10(4 / torch.cat(squares).mean().item()) if torch.cat(squares).any() else float("inf")
+    return {
+        "autoencoder": frechet(features, again),
+        "autoencoder_psnr_heldout": float(psnr),
+        "bootstrap": frechet(features, features[drawn]),
+    }
+
+
+@torch.inference_mode()
+def evaluate(
+    run: Path,
+    images: Path,
+    out: Path,
+    steps: list[int] = [1, 2, 4, 8, 32],  # noqa: B006  (read only; jsonargparse shows it in --help)
+    samples: int = 2000,
+    guidance: float = 1.0,
+    seed: int = 2,
+) -> None:
+    """Measure a run's samples at several numbers of steps, and write OUT/evaluation.json with sample grids.
+
+    Frechet distance to all real images, accuracy of the asked class, precision and recall, in the features of a small
+    classifier trained on IMAGES/train (kept beside them); first-orderness of the trajectories; the floor.
+
+    Args:
+        run: run folder or checkpoint.
+        images: folder made by `rectify pack`, with train and heldout sets and class labels.
+        out: folder for the results.
+        steps: of DDIM.
+        samples: drawn at each number of steps.
+        guidance: scale w of u + w (c - u).
+        seed: of the noises; keep it apart from those of collected pairs.
+    """
+    began, state = time.monotonic(), job.start()
+    drawing = Drawing(run, guidance, seed, state)
+    sets = [Images(str(images / split)) for split in ("train", "heldout")]
+    with state.main_process_first(), torch.inference_mode(False):
+        classifier, score = trained(images, *sets)
+    real = torch.cat([classifier(x)[0] for part in sets for x, _ in read_all(part, len(part))])
+    eps, raw, told = drawing.start(range(TRAJECTORIES))
+    columns = len(sets[0].manifest["classes"])
+    share = -(-samples // state.num_processes)
+    with Meter(f"evaluate {run.name}", share * sum(steps), "evaluations", shown=state.is_main_process) as meter:
+        results = {str(n): measure(drawing, classifier, real, n, samples, meter) for n in steps}
+    if state.is_main_process:
+        for n in steps:
+            with replacing(out / f"samples-{n}.png") as temporary:
+                grid(drawing.images(range(ROWS * columns), n)[0], columns).save(temporary, "png")
+        summary = {
+            "format": 1,
+            "run": str(run),
+            "denoiser": drawing.fingerprint,
+            "reference": digest(sets[0].manifest["listing"].encode()),
+            "settings": {"samples": samples, "guidance": guidance, "seed": seed, "sampler": "DDIM"},
+            "steps": results,
+            "first_orderness": first_orderness(drawing.denoiser, eps, told),
+            "floors": floors(drawing.codec.cpu(), classifier, sets, samples, seed),
+            "classifier_accuracy_heldout": score,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        write_json(out / "evaluation.json", summary)

@@ -1,0 +1,90 @@
+"""The one training step of every generator, teacher or student."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from data.batch import Batch
+from data.files import atomic_folder
+from data.pairs import Pairs
+from models import codec as codecs
+from models import teacher
+from models.codec import KL
+from models.condition import Condition, Unconditional
+from models.denoiser import Denoiser
+from trainer.draws import Draws
+from trainer.objectives import Matching, Objective
+
+
+class Generator(LightningModule):
+    """Trains a denoiser on images, latents or pairs.
+
+    Args:
+        denoiser: what is trained.
+        objective: the loss.
+        condition: what the network is told.
+        codec: folder of the frozen autoencoder that images, or the latents in the data, go through; none for pixels.
+        initial: run or checkpoint whose (EMA) weights the denoiser starts from: a student's teacher.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        objective: Objective | None = None,
+        condition: Condition | None = None,
+        codec: str | None = None,
+        initial: str | None = None,
+    ):
+        super().__init__()
+        self.denoiser, self.objective = denoiser, objective or Matching()
+        self.condition, self.initial = condition or Unconditional(), initial
+        self._codec = [codecs.load(codec)]  # in a list: frozen, so neither trained nor in checkpoints
+        self.teacher_hash: str | None = None
+        if initial:
+            source = teacher.load(initial)[0]
+            self.teacher_hash = teacher.fingerprint(source)
+            self.denoiser.load_state_dict(source.state_dict())
+
+    @property
+    def codec(self) -> codecs.Codec:
+        """The frozen codec, on this module's device."""
+        return self._codec[0].to(self.device)
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        """One step: the same for every method, because a pair brings its own noise."""
+        draws = Draws(batch)
+        with torch.no_grad():
+            x = batch.x if batch.latent else self.codec.encode(batch.x)
+        eps = batch.noise if batch.noise is not None else draws.noise(x)
+        cond = self.condition(batch.condition, chance=draws.uniform("drop"))
+        loss = self.objective(self.denoiser, x, eps, cond, draws)
+        self.log("loss", loss)
+        return loss
+
+    def on_fit_start(self) -> None:
+        """Refuse pairs of another origin, and put the codec into the run: a run folder is whole by itself."""
+        source = getattr(getattr(self.trainer, "datamodule", None), "source", None)
+        if isinstance(source, Pairs):
+            source.agree("interpolant", repr(self.denoiser.interpolant))
+            source.agree("prediction", repr(self.denoiser.prediction))
+            if self.teacher_hash:
+                source.agree("teacher", self.teacher_hash)
+        folder = Path(self.trainer.default_root_dir) / "codec"
+        if isinstance(self.codec, KL) and self.trainer.is_global_zero and not folder.exists():
+            with atomic_folder(folder) as temporary:
+                self.codec.save(temporary)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what rebuilds the denoiser without this configuration (models.teacher.load)."""
+        codec = "codec" if isinstance(self.codec, KL) else None
+        parts = {"denoiser": teacher.describe(self.denoiser), "condition": teacher.describe(self.condition)}
+        checkpoint["rectify"] = {"format": teacher.FORMAT, "codec": codec, **parts}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume a run with another model."""
+        there, here = checkpoint["rectify"]["denoiser"], teacher.describe(self.denoiser)
+        if there != here:
+            raise ValueError(f"{self.trainer.default_root_dir}: holds a run of another model ({there}); this one is {here}")

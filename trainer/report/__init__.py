@@ -1,0 +1,98 @@
+"""The report: one self-contained HTML file with sample grids, quality against NFE, loss curves, and what was run."""
+
+import base64
+import importlib.metadata
+import io
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from matplotlib.figure import Figure
+
+from data.files import atomic, read_json, write_json
+from trainer.report.summary import summarize, table
+
+SHOWN = ("torch", "lightning", "diffusers", "accelerate", "webdataset", "numpy", "torchmetrics", "rectify")
+
+
+def embed(data: bytes) -> str:
+    """Return PNG bytes as a data URL."""
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def drawn(figure: Figure) -> str:
+    """Return a figure as a data URL."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    return embed(buffer.getvalue())
+
+
+def quality(summary: dict[str, Any]) -> str:
+    """Plot Frechet distance and accuracy against network evaluations, with the floors."""
+    figure = Figure(figsize=(10, 3.6))
+    for axes, key, label in zip(figure.subplots(1, 2), ("fd", "accuracy"), ("Frechet distance", "accuracy on the asked class")):
+        for name in summary["first_orderness"]:
+            rows = [row for row in summary[name].values() if key in row]
+            axes.plot([row["nfe"] for row in rows], [row[key] for row in rows], "o-", label=name)
+        axes.set(xscale="log", xlabel="network evaluations per sample", ylabel=label)
+        axes.set_xticks(ticks := [row["nfe"] for row in rows], [str(tick) for tick in ticks], minor=False)
+        axes.minorticks_off()
+        if key == "fd":
+            axes.set_yscale("log")
+            for (name, value), style in zip(summary["floors"].items(), ("--", "", ":")):
+                if style:
+                    axes.axhline(value, linestyle=style, color="grey", label=f"floor: {name}")
+        axes.legend()
+        axes.grid(alpha=0.3)
+    return drawn(figure)
+
+
+def losses(logs: dict[str, list[dict[str, Any]]]) -> str:
+    """Plot every run's loss."""
+    figure = Figure(figsize=(10, 2.8))
+    panels = figure.subplots(1, len(logs), squeeze=False)[0]
+    for axes, (name, lines) in zip(panels, logs.items()):
+        axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=0.8)
+        axes.set(title=name, xlabel="step", yscale="log")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("loss")
+    return drawn(figure)
+
+
+def report(run: Path) -> None:
+    """Write RUN/summary.json and the self-contained RUN/report.html of a pipeline's folder, and print the table.
+
+    Args:
+        run: the folder that `rectify run` filled: evaluations, runs with their logs and configurations, the export.
+    """
+    matplotlib.use("agg")
+    summary = summarize(run)
+    write_json(run / "summary.json", summary)
+    logs = {path.parent.name: [json.loads(line) for line in path.open()] for path in sorted(run.glob("*/metrics.jsonl"))}
+    grids = {
+        name: {
+            path.stem.partition("-")[2]: embed(path.read_bytes())
+            for path in sorted((run / "evaluation" / name).glob("samples-*.png"), key=lambda p: int(p.stem.partition("-")[2]))
+        }
+        for name in summary["first_orderness"]
+    }
+    stages = [read_json(path) for path in sorted((run / "stages").glob("*.json"))]
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("trainer.report", "."), autoescape=True)
+    page = environment.get_template("page.html.j2").render(
+        run=run.name,
+        table=table(summary),
+        quality=quality(summary),
+        losses=losses(logs) if logs else None,
+        grids=grids,
+        targets=summary.get("targets", {}),
+        stages=stages,
+        seconds=sum(stage["seconds"] for stage in stages),
+        versions={name: importlib.metadata.version(name) for name in SHOWN},
+        python=platform.python_version(),
+        configs={path.parent.name: path.read_text() for path in sorted(run.glob("*/config.yaml"))},
+    )
+    with atomic(run / "report.html") as file:
+        file.write(page.encode())

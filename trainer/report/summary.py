@@ -1,0 +1,58 @@
+"""The figures of a pipeline in one place: summary.json, and the table that is printed."""
+
+from pathlib import Path
+from typing import Any
+
+from data.files import read_json
+
+
+def summarize(out: Path) -> dict[str, Any]:
+    """Return the summary of a pipeline's folder: floor, one entry per evaluated model, export, seconds."""
+    evaluations = {path.parent.name: read_json(path) for path in sorted((out / "evaluation").glob("*/evaluation.json"))}
+    if not evaluations:
+        raise FileNotFoundError(f"{out / 'evaluation'}: no evaluation.json below it; run `rectify evaluate` first")
+    first = next(iter(evaluations.values()))
+    summary: dict[str, Any] = {"format": 1, "floor": first["floors"]["autoencoder"], "floors": first["floors"]}
+    summary["classifier_accuracy_heldout"] = first["classifier_accuracy_heldout"]
+    for name, evaluation in evaluations.items():
+        summary[name] = evaluation["steps"]
+    summary["first_orderness"] = {name: evaluation["first_orderness"] for name, evaluation in evaluations.items()}
+    export = out / "export" / "export.json"
+    summary["export_max_abs_diff"] = read_json(export)["max_abs_diff"] if export.exists() else None
+    stages = sorted((out / "stages").glob("*.json"))
+    summary["seconds"] = {path.stem.partition("-")[2]: read_json(path)["seconds"] for path in stages}
+    if {"teacher", "student"} <= evaluations.keys():
+        summary["targets"] = targets(summary["teacher"], summary["student"])
+    return summary
+
+
+def targets(teacher: dict[str, Any], student: dict[str, Any]) -> dict[str, Any]:
+    """Return what rectification is to show: one step of the student against the teacher's fewest and most."""
+    few, many = teacher[min(teacher, key=int)], teacher[max(teacher, key=int)]
+    one = student[min(student, key=int)]
+    gap = (one["fd"] - many["fd"]) / (few["fd"] - many["fd"])
+    ratio, accuracy, recall = one["fd"] / many["fd"], one["accuracy"] - many["accuracy"], one["recall"] / many["recall"]
+    return {
+        "gap_left": {"value": gap, "at_most": 0.05, "met": gap <= 0.05},
+        "fd_ratio": {"value": ratio, "at_most": 2.0, "met": ratio <= 2.0},
+        "accuracy_gain": {"value": accuracy, "at_least": -0.01, "met": accuracy >= -0.01},
+        "recall_ratio": {"value": recall, "at_least": 0.9, "met": recall >= 0.9},
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Return the table of quality against steps as text."""
+    lines = [f"{'model':10}{'steps':>6}{'NFE':>6}{'FD':>10}{'accuracy':>10}{'recall':>9}{'precision':>11}"]
+    for name in summary["first_orderness"]:
+        for steps, row in summary[name].items():
+            cells = f"{row['fd']:>10.4f}{row.get('accuracy', float('nan')):>10.4f}{row['recall']:>9.4f}{row['precision']:>11.4f}"
+            lines.append(f"{name:10}{steps:>6}{row['nfe']:>6}{cells}")
+    floors = summary["floors"]
+    lines.append(f"floor: autoencoder {floors['autoencoder']:.4f}, bootstrapped real {floors['bootstrap']:.4f}")
+    lines.append("first-orderness: " + ", ".join(f"{k} {v:.4f}" for k, v in summary["first_orderness"].items()))
+    for name, target in summary.get("targets", {}).items():
+        bound = f"at most {target['at_most']}" if "at_most" in target else f"at least {target['at_least']}"
+        lines.append(f"{name}: {target['value']:.4f} ({bound}: {'met' if target['met'] else 'NOT met'})")
+    if summary["export_max_abs_diff"] is not None:
+        lines.append(f"export: images differ from our sampler's by at most {summary['export_max_abs_diff']:.1e}")
+    return "\n".join(lines)

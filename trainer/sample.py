@@ -1,0 +1,29 @@
+"""Drawing a grid of images from a run."""
+
+from pathlib import Path
+
+import torch
+
+from data.files import replacing
+from trainer import job
+from trainer.evaluate import Drawing, grid
+
+
+@torch.inference_mode()
+def sample(run: Path, out: Path, steps: int = 4, count: int = 40, columns: int = 10, guidance: float = 1.0, seed: int = 3) -> None:
+    """Draw images, every class in turn, from a run's EMA weights with DDIM, into one PNG.
+
+    Args:
+        run: run folder or checkpoint.
+        out: the PNG to write.
+        steps: of DDIM.
+        count: number of images, a multiple of columns.
+        columns: of the grid.
+        guidance: scale w of u + w (c - u).
+        seed: of the noises.
+    """
+    if count < 1 or count % columns:
+        raise ValueError(f"count: {count} is not a positive multiple of columns ({columns})")
+    images, _ = Drawing(run, guidance, seed, job.start()).images(range(count), steps)
+    with replacing(out) as temporary:
+        grid(images, columns).save(temporary, "png")
