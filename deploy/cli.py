@@ -1,13 +1,13 @@
 """The `rectify` command. Verbs are imported only when they are called, so that `rectify --help` is instant."""
 
 import argparse
-import difflib
 import importlib
 import inspect
 import os
-import re
 import sys
 from collections.abc import Sequence
+
+from deploy.hints import explain, nearest, one_line
 
 VERBS = {
     "pack": ("data.images:pack", "pack a folder of images (or the bundled digits) into webdataset shards"),
@@ -36,15 +36,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def nearest(message: str, known: Sequence[str]) -> str:
-    """Return a hint that names the known word nearest to one quoted in an error message, if any is near."""
-    for word in re.findall(r"[\w.-]+", " ".join(re.findall(r"[\"'`](.*?)[\"'`]", message)))[::-1]:
-        leaf = word.lstrip("-")
-        if leaf not in known and (close := difflib.get_close_matches(leaf, known, 1, 0.6)):
-            return f"; did you mean `{close[0]}`?"
-    return ""
-
-
 def call(verb: str, args: Sequence[str]) -> None:
     """Import a verb and call it with arguments parsed by its own signature."""
     module, _, name = VERBS[verb][0].partition(":")
@@ -55,22 +46,12 @@ def call(verb: str, args: Sequence[str]) -> None:
 
     about = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
     options = ArgumentParser(prog=f"rectify {verb}", description=about, exit_on_error=False)
-    names = options.add_function_arguments(function)
+    names = options.add_function_arguments(function, as_positional=verb == "run")
     try:
         values = options.instantiate_classes(options.parse_args(list(args)))
     except ArgumentError as error:
-        raise ValueError(f"{verb}: {first_line(error)}{nearest(unrecognized(str(error)), names)}") from None
+        raise ValueError(f"{verb}: {explain(error, names)}") from None
     function(**values.as_dict())
-
-
-def unrecognized(message: str) -> str:
-    """Return an error message with the options that argparse did not recognize in quotes."""
-    return re.sub(r"--([\w-]+)", r"'\1'", message)
-
-
-def first_line(error: BaseException) -> str:
-    """Return an error's message on one line."""
-    return re.sub(r"\s*\n\s*", " ", str(error)).strip()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     verb = words[0]
     if not verb.startswith("-") and verb not in VERBS:
-        print(f"rectify: error: no verb {verb!r}{nearest(repr(verb), list(VERBS)) or '; see rectify --help'}", file=sys.stderr)
+        print(f"rectify: error: no verb {verb!r}{nearest(verb, VERBS) or '; see rectify --help'}", file=sys.stderr)
         return 2
     verb = parser().parse_args(words[:1]).verb
     try:
@@ -89,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("RECTIFY_TRACEBACK"):
             raise
-        print(f"rectify: error: {first_line(error)}", file=sys.stderr)
+        print(f"rectify: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("rectify: stopped; the same command goes on from here", file=sys.stderr)

@@ -30,6 +30,7 @@ def transformer(net: DiT) -> DiTTransformer2DModel:
         num_attention_heads=net.heads,
         attention_head_dim=net.width // net.heads,
         in_channels=net.channels,
+        out_channels=net.channels,
         num_layers=net.depth,
         sample_size=net.size,
         patch_size=net.patch,

@@ -19,7 +19,7 @@ import trainer.callbacks.ema
 import trainer.module  # noqa: F401  (imported classes are known by their short names)
 from data.files import atomic
 from data.stream import Stream
-from deploy.cli import first_line, nearest
+from deploy.hints import explain
 from models import teacher
 from trainer.callbacks.checkpoint import Checkpoints
 from trainer.callbacks.metrics import Metrics
@@ -35,6 +35,8 @@ DEFAULTS = {  # of the Trainer; a configuration may say otherwise
 class Fit(LightningCLI):
     """Parses a configuration and builds trainer, model and data."""
 
+    names: list[str] = []  # of all options, for hints
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run folder, and the callbacks that every run has."""
         parser.add_argument("--out", type=str, required=True, help="Run folder: config, checkpoints, metrics, codec.")
@@ -42,6 +44,7 @@ class Fit(LightningCLI):
         parser.add_lightning_class_args(Metrics, "metrics")
         parser.link_arguments("out", "trainer.default_root_dir")
         parser.link_arguments("seed_everything", "data.seed")
+        Fit.names = [action.dest for action in parser._actions]
 
     def before_instantiate_classes(self) -> None:
         """Stop early where nothing is left to do; log to wandb, offline, unless told otherwise."""
@@ -79,5 +82,5 @@ def fit(args: Sequence[str]) -> None:
             args=list(args),
         )
     except ArgumentError as error:
-        raise ValueError(f"fit: {first_line(error)}") from None
+        raise ValueError(f"fit: {explain(error, Fit.names)}") from None
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.newest, weights_only=True)
