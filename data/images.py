@@ -3,7 +3,8 @@
 import io
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from data.batch import Batch, Source
-from data.digits import CLASSES, digits
+from data.digits import CLASSES, Item, digits
 from data.files import canonical, digest
 from data.progress import Meter
 from data.shards import ShardReader, ShardWriter
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 UNREADABLE = 0.01  # fraction of corrupt images above which packing is an error
-Item = tuple[str, Callable[[], Image.Image], int | None]
 
 
 def folder_items(folder: Path) -> tuple[list[Item], list[str] | None]:
@@ -37,7 +37,7 @@ def folder_items(folder: Path) -> tuple[list[Item], list[str] | None]:
     classes = sorted({name for name in top if name}) or None
     labels = [classes.index(name) if classes and name else None for name in top]
     names = [str(path.relative_to(folder)) for path in paths]
-    return [(n, lambda p=p: Image.open(p), c) for n, p, c in zip(names, paths, labels)], classes
+    return [(n, partial(Image.open, p), c) for n, p, c in zip(names, paths, labels)], classes
 
 
 def fit(image: Image.Image, size: int, grey: bool) -> Image.Image:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from diffusers.utils import logging
 from torch import Tensor
 
 from data.files import atomic_folder, canonical, read_json
@@ -48,20 +49,20 @@ def renamed(net: DiT) -> dict[str, Tensor]:
     table[: net.classes] = ours["label.weight"][:-1]
     out = {}
 
-    def put(name: str, layer: str, rows: slice = slice(None)) -> None:
-        out[f"{name}.weight"], out[f"{name}.bias"] = ours[f"{layer}.weight"][rows], ours[f"{layer}.bias"][rows]
-
-    put("pos_embed.proj", "embed"), put("proj_out_1", "modulation"), put("proj_out_2", "out")
+    layers = {"pos_embed.proj": "embed", "proj_out_1": "modulation", "proj_out_2": "out"}
     for i in range(net.depth):
-        block, mine = f"transformer_blocks.{i}", f"blocks.{i}"
-        put(f"{block}.norm1.emb.timestep_embedder.linear_1", "clock_in")
-        put(f"{block}.norm1.emb.timestep_embedder.linear_2", "clock_out")
-        out[f"{block}.norm1.emb.class_embedder.embedding_table.weight"] = table
-        put(f"{block}.norm1.linear", f"{mine}.modulation")
-        for j, part in enumerate(("to_q", "to_k", "to_v")):
-            put(f"{block}.attn1.{part}", f"{mine}.attention.qkv", slice(j * net.width, (j + 1) * net.width))
-        put(f"{block}.attn1.to_out.0", f"{mine}.attention.out")
-        put(f"{block}.ff.net.0.proj", f"{mine}.grow"), put(f"{block}.ff.net.2", f"{mine}.shrink")
+        theirs, mine = f"transformer_blocks.{i}", f"blocks.{i}"
+        out[f"{theirs}.norm1.emb.class_embedder.embedding_table.weight"] = table
+        layers[f"{theirs}.norm1.emb.timestep_embedder.linear_1"] = "clock_in"
+        layers[f"{theirs}.norm1.emb.timestep_embedder.linear_2"] = "clock_out"
+        layers[f"{theirs}.norm1.linear"] = f"{mine}.modulation"
+        layers[f"{theirs}.attn1.to_out.0"] = f"{mine}.attention.out"
+        layers[f"{theirs}.ff.net.0.proj"], layers[f"{theirs}.ff.net.2"] = f"{mine}.grow", f"{mine}.shrink"
+        for kind in ("weight", "bias"):
+            for part, rows in zip("qkv", ours[f"{mine}.attention.qkv.{kind}"].chunk(3)):
+                out[f"{theirs}.attn1.to_{part}.{kind}"] = rows.clone()
+    for name, layer in layers.items():
+        out[f"{name}.weight"], out[f"{name}.bias"] = ours[f"{layer}.weight"], ours[f"{layer}.bias"]
     return out
 
 
@@ -89,7 +90,7 @@ def compare(folder: Path, denoiser: Denoiser, codec: KL, condition: Condition, s
     result = {}
     for steps in CHECKED:
         theirs = pipe(labels, guidance_scale=1.0, num_inference_steps=steps, output_type="pt", generator=torch.manual_seed(seed))
-        eps = torch.randn(len(labels), denoiser.net.channels, *[denoiser.net.size] * 2, generator=torch.manual_seed(seed))
+        eps = torch.randn(len(labels), *denoiser.shape, generator=torch.manual_seed(seed))
         walk, timed = on_grid_of(scheduler(), denoiser, steps)
         gaps = {}
         for name, x in (("same_grid", walk.walk(timed, eps, told)[-1]), ("native_grid", DDIM(steps)(denoiser, eps, told))):
@@ -107,13 +108,14 @@ def export(run: Path, out: Path, steps: int = 4) -> None:
         out: the folder to write (replaced as a whole).
         steps: recommended number of steps, for the model card.
     """
+    logging.disable_progress_bar()
     denoiser, codec, condition = teachers.load(run)
-    form = f"{denoiser.interpolant!r} and {denoiser.prediction!r}"
-    if not (isinstance(denoiser.interpolant, Linear) and denoiser.interpolant.sigma_min == 0):
-        raise ValueError(f"{run}: is trained with {form}; export knows Linear(sigma_min=0.0) and Velocity()")
-    if not isinstance(denoiser.prediction, Velocity):
-        raise ValueError(f"{run}: is trained with {form}; export knows Linear(sigma_min=0.0) and Velocity()")
-    if not isinstance(codec, KL) or not isinstance(denoiser.net, DiT):
+    linear = isinstance(denoiser.interpolant, Linear) and denoiser.interpolant.sigma_min == 0
+    if not (linear and isinstance(denoiser.prediction, Velocity)):
+        raise ValueError(
+            f"{run}: is trained with {denoiser.interpolant!r} and {denoiser.prediction!r}; export knows Linear and Velocity"
+        )
+    if not (isinstance(codec, KL) and isinstance(denoiser.net, DiT)):
         raise ValueError(f"{run}: export knows a DiT in the latents of an AutoencoderKL")
     weights = teachers.fingerprint(denoiser)
     if (out / "export.json").exists() and read_json(out / "export.json")["denoiser"] == weights:
@@ -126,7 +128,9 @@ def export(run: Path, out: Path, steps: int = 4) -> None:
         gaps = compare(folder, denoiser, codec, condition)
         worst = max(gap["same_grid"] for gap in gaps.values())
         if not worst <= TOLERANCE:
-            raise ValueError(f"{run}: the exported folder's images differ from ours by {worst:.2g}, over {TOLERANCE}; not written")
+            raise ValueError(
+                f"{run}: the exported folder's images differ from ours by {worst:.2g}, over {TOLERANCE}; not written"
+            )
         (folder / "README.md").write_text(card(run, steps, denoiser, worst))
         record = {"format": 1, "denoiser": weights, "max_abs_diff": worst, "gaps": gaps, "steps": steps}
         (folder / "export.json").write_bytes(canonical(record))

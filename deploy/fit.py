@@ -6,14 +6,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch.optim import Optimizer
 
-import data.images
-import data.latents
-import data.pairs
-import models.nets.dit
 import trainer.autoencoder
 import trainer.callbacks.ema
 import trainer.module  # noqa: F401  (imported classes are known by their short names)
@@ -46,11 +45,20 @@ class Fit(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         Fit.names = [action.dest for action in parser._actions]
 
+    @staticmethod
+    def configure_optimizers(lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: Any = None) -> Any:
+        """Step the schedule with every optimizer step: the stream has no epochs, Lightning's default interval."""
+        if lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": "step"}}
+
     def before_instantiate_classes(self) -> None:
         """Stop early where nothing is left to do; log to wandb, offline, unless told otherwise."""
         config, run = self.config, Path(self.config.out)
         if config.trainer.max_steps < 1:
-            raise ValueError(f"trainer.max_steps: {config.trainer.max_steps}; say how many steps to train (the stream is endless)")
+            raise ValueError(
+                f"trainer.max_steps: {config.trainer.max_steps}; say how many steps to train (the stream is endless)"
+            )
         self.newest = teacher.newest(run) if any((run / "checkpoints").glob("step=*.ckpt")) else None
         if self.newest and int(self.newest.stem.removeprefix("step=")) >= config.trainer.max_steps:
             print(f"fit: {run} is finished ({self.newest.name})", file=sys.stderr)
@@ -58,9 +66,7 @@ class Fit(LightningCLI):
         if config.trainer.logger is None:
             os.environ.setdefault("WANDB_SILENT", "true")
             options = {"offline": True, "project": "rectify", "name": run.name, "save_dir": str(run)}
-            config.trainer.logger = Namespace(
-                class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(**options)
-            )
+            config.trainer.logger = Namespace(class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(**options))
         text = self.parser.dump(config, skip_none=False)
         if os.environ.get("LOCAL_RANK", "0") == "0":
             with atomic(run / "config.yaml") as file:

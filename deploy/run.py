@@ -53,10 +53,15 @@ def run(config: Path, out: Path | None = None, quick: bool = False) -> None:
     for place, stage in enumerate(pipeline["stages"], 1):
         words = command(stage, out, quick)
         stamp = fingerprint(words, stamp)
-        record, title = out / "stages" / f"{place:02d}-{stage['name']}.json", f"[{place}/{len(pipeline['stages'])}] {stage['name']}"
+        record, title = (
+            out / "stages" / f"{place:02d}-{stage['name']}.json",
+            f"[{place}/{len(pipeline['stages'])}] {stage['name']}",
+        )
         if record.exists():
             if read_json(record)["fingerprint"] != stamp:
-                raise ValueError(f"{out}: stage {stage['name']} was finished with other settings; choose another --out or delete {out}")
+                raise ValueError(
+                    f"{out}: stage {stage['name']} was finished with other settings; choose another --out or delete {out}"
+                )
             print(f"{title}: finished", file=sys.stderr, flush=True)
             continue
         print(f"{title}: rectify {' '.join(words)}", file=sys.stderr, flush=True)

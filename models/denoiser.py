@@ -23,6 +23,11 @@ class Denoiser(nn.Module):
         self.net, self.interpolant, self.prediction = net, interpolant, prediction
         self.clock = clock or getattr(net, "clock", None) or Scaled(1.0)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape (C, H, W) of the states that the network was built for."""
+        return self.net.channels, self.net.size, self.net.size  # type: ignore[return-value]
+
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x_hat, eps_hat), shapes (B, C, H, W), at least float32, for t in [0, 1] of shape (B,) or ()."""
         dtype = torch.promote_types(x_t.dtype, torch.float32)

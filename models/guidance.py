@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from models.interpolant import Interpolant
+from models.sampler import DenoiserLike
 
 
 class Guided(nn.Module):
@@ -13,7 +14,7 @@ class Guided(nn.Module):
         scale: w; 0 is unconditional, 1 is the denoiser itself at its own cost.
     """
 
-    def __init__(self, denoiser: nn.Module, scale: float):
+    def __init__(self, denoiser: DenoiserLike, scale: float):
         super().__init__()
         self.denoiser, self.scale = denoiser, scale
         self.evaluations = 1 if scale == 1 else 2
@@ -21,7 +22,7 @@ class Guided(nn.Module):
     @property
     def interpolant(self) -> Interpolant:
         """The guided denoiser's own interpolant."""
-        return self.denoiser.interpolant
+        return self.denoiser.interpolant  # type: ignore[attr-defined]
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the guided (x_hat, eps_hat); they are linear in the output, so that any row gives the same."""

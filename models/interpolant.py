@@ -24,8 +24,9 @@ class Interpolant(ABC):
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return (alpha', sigma'), the derivatives with respect to t, by forward-mode differentiation."""
-        t = t.clone()  # a tangent cannot be attached to an expanded (broadcast) t
-        return torch.func.jvp(self, (t,), (torch.ones_like(t),))[1]
+        flat = t.reshape(-1).clone()  # a tangent cannot be attached to an expanded t, and turns float64 on a scalar
+        alpha, sigma = torch.func.jvp(self, (flat,), (torch.ones_like(flat),))[1]
+        return alpha.reshape(t.shape), sigma.reshape(t.shape)
 
     def mix(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return the state x_t of data x and noise eps, both (B, ...), at t of shape (B,) or ()."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models import codec as codecs
 from models.codec import Codec
 from models.condition import Condition
+from models.denoiser import Denoiser
 
 FORMAT = 1  # of what `Generator` adds to a checkpoint under "rectify"
 
@@ -21,8 +22,12 @@ def describe(thing: Any) -> Any:
 
     It relies on one habit of this package: a constructor keeps every argument under its own name.
     """
-    if not type(thing).__module__.startswith("models."):
+    if thing is None or isinstance(thing, bool | int | float | str):
         return thing
+    if isinstance(thing, list | tuple):
+        return [describe(part) for part in thing]
+    if not type(thing).__module__.startswith("models."):
+        raise ValueError(f"{type(thing).__qualname__}: only classes of `models` can be saved; put a network into models/nets/")
     names = inspect.signature(type(thing).__init__).parameters.keys() - {"self", "args", "kwargs"}
     path = f"{type(thing).__module__}.{type(thing).__qualname__}"
     return {"class_path": path, "init_args": {name: describe(getattr(thing, name)) for name in sorted(names)}}
@@ -30,7 +35,9 @@ def describe(thing: Any) -> Any:
 
 def build(spec: Any) -> Any:
     """Build what `describe` described. Only classes of `models` are built: a checkpoint cannot name other code."""
-    if not (isinstance(spec, dict) and "class_path" in spec):
+    if isinstance(spec, list):
+        return [build(part) for part in spec]
+    if not isinstance(spec, dict):
         return spec
     module, _, name = spec["class_path"].rpartition(".")
     if not module.startswith("models."):
@@ -67,7 +74,7 @@ def newest(run: str | Path) -> Path:
     return found[-1]
 
 
-def load(path: str | Path) -> tuple[nn.Module, Codec, Condition]:
+def load(path: str | Path) -> tuple[Denoiser, Codec, Condition]:
     """Load (denoiser, codec, condition) from a run folder or a checkpoint, with the EMA weights where there are any.
 
     Raises:

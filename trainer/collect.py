@@ -61,8 +61,7 @@ def collect(
         "batch": batch,
         "dtype": "float16",
     }
-    shape = (denoiser.net.channels, denoiser.net.size, denoiser.net.size)
-    writer = PairWriter(out, provenance, pairs, seed, shape, shard, store_noise)
+    writer = PairWriter(out, provenance, pairs, seed, denoiser.shape, shard, store_noise)
     shards, guided = writer.shards, Guided(denoiser, guidance).to(state.device)
     if (out / "manifest.json").exists() and not shards.missing():
         return

@@ -1,5 +1,7 @@
 """What encode, collect and evaluate share: an accelerate process, and its share of the work."""
 
+from typing import TypeVar
+
 import torch
 from accelerate import PartialState
 
@@ -17,6 +19,9 @@ def start() -> PartialState:
     return state
 
 
-def share(state: PartialState, numbers: list[int]) -> list[int]:
-    """Return this rank's share of the numbered units of work, strided by rank."""
-    return numbers[state.process_index :: state.num_processes]
+Unit = TypeVar("Unit")
+
+
+def share(state: PartialState, units: list[Unit]) -> list[Unit]:
+    """Return this rank's share of the units of work, strided by rank."""
+    return units[state.process_index :: state.num_processes]

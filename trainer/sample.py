@@ -10,7 +10,9 @@ from trainer.evaluate import Drawing, grid
 
 
 @torch.inference_mode()
-def sample(run: Path, out: Path, steps: int = 4, count: int = 40, columns: int = 10, guidance: float = 1.0, seed: int = 3) -> None:
+def sample(
+    run: Path, out: Path, steps: int = 4, count: int = 40, columns: int = 10, guidance: float = 1.0, seed: int = 3
+) -> None:
     """Draw images, every class in turn, from a run's EMA weights with DDIM, into one PNG.
 
     Args:

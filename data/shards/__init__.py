@@ -1,10 +1,10 @@
 """Sets of webdataset shards: tars of fixed index ranges, each with offsets and a checksum, and a manifest last.
 
-    set/plan.json       what the set is to be (kind, count, provenance), written first
-    set/000000.tar      samples, readable by any webdataset
-    set/000000.npy      their offsets, (samples, fields, 2): start and length of each field in the tar
-    set/000000.json     count, bytes, sha256: a shard without this one is not finished
-    set/manifest.json   the plan and the list of shards: a set without this one is not finished
+set/plan.json       what the set is to be (kind, count, provenance), written first
+set/000000.tar      samples, readable by any webdataset
+set/000000.npy      their offsets, (samples, fields, 2): start and length of each field in the tar
+set/000000.json     count, bytes, sha256: a shard without this one is not finished
+set/manifest.json   the plan and the list of shards: a set without this one is not finished
 """
 
 from data.shards.order import Order, order

@@ -11,6 +11,8 @@ class Net(nn.Module, ABC):
     """A backbone that reads a state, its own clock and a condition. Constructor arguments are kept as attributes."""
 
     clock: Clock
+    channels: int
+    size: int
 
     @abstractmethod
     def forward(self, x_t: Tensor, clock: Tensor, cond: Tensor | None = None) -> Tensor:

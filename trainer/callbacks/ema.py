@@ -17,8 +17,8 @@ class EMA(Callback):
     def __init__(self, decay: float = 0.999):
         if not 0 <= decay < 1:
             raise ValueError(f"EMA: decay is {decay}, it must lie in [0, 1)")
-        self.decay, self.average, self.step = decay, {}, -1
-        self.average: dict[str, Tensor]
+        self.decay, self.step = decay, -1
+        self.average: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with the weights as they are, unless a checkpoint brought an average."""

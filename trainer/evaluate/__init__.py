@@ -40,8 +40,8 @@ class Drawing:
     def __init__(self, run: Path, guidance: float, seed: int, state: PartialState):
         denoiser, codec, self.condition = teachers.load(run)
         self.denoiser, self.codec = Guided(denoiser, guidance).to(state.device), codec.to(state.device)
-        self.fingerprint, self.seed, self.state = teachers.fingerprint(denoiser), seed, state
-        self.shape = (denoiser.net.channels, denoiser.net.size, denoiser.net.size)
+        self.fingerprint, self.shape = teachers.fingerprint(denoiser), denoiser.shape
+        self.seed, self.state = seed, state
 
     def start(self, indices: range) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return (noises, raw conditions, conditions as the network reads them) of indices."""
@@ -80,7 +80,8 @@ def measure(drawing: Drawing, classifier: Classifier, real: Tensor, steps: int, 
 
 def floors(codec: Codec, classifier: Classifier, sets: list[Images], samples: int, seed: int) -> dict[str, float]:
     """Return what cannot be beaten: real images through the autoencoder alone, and real against bootstrapped real."""
-    real, through, squares = [], [], []
+    real, through = [], []
+    squares: list[Tensor] = []
     for images in sets:
         squares = []  # of the last set, the held-out one
         for x, _ in read_all(images, len(images)):

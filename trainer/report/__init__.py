@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from data.files import atomic, read_json, write_json
-from trainer.report.summary import summarize, table
+from trainer.report.summary import models, summarize, table
 
 SHOWN = ("torch", "lightning", "diffusers", "accelerate", "webdataset", "numpy", "torchmetrics", "rectify")
 
@@ -34,8 +34,8 @@ def quality(summary: dict[str, Any]) -> str:
     """Plot Frechet distance and accuracy against network evaluations, with the floors."""
     figure = Figure(figsize=(10, 3.6))
     for axes, key, label in zip(figure.subplots(1, 2), ("fd", "accuracy"), ("Frechet distance", "accuracy on the asked class")):
-        for name in summary["first_orderness"]:
-            rows = [row for row in summary[name].values() if key in row]
+        for name, by_steps in models(summary):
+            rows = [row for _, row in by_steps if key in row]
             axes.plot([row["nfe"] for row in rows], [row[key] for row in rows], "o-", label=name)
         axes.set(xscale="log", xlabel="network evaluations per sample", ylabel=label)
         axes.set_xticks(ticks := [row["nfe"] for row in rows], [str(tick) for tick in ticks], minor=False)
@@ -52,7 +52,7 @@ def quality(summary: dict[str, Any]) -> str:
 
 def losses(logs: dict[str, list[dict[str, Any]]]) -> str:
     """Plot every run's loss."""
-    figure = Figure(figsize=(10, 2.8))
+    figure = Figure(figsize=(10, 2.8), layout="constrained")
     panels = figure.subplots(1, len(logs), squeeze=False)[0]
     for axes, (name, lines) in zip(panels, logs.items()):
         axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=0.8)
@@ -63,7 +63,7 @@ def losses(logs: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def report(run: Path) -> None:
-    """Write RUN/summary.json and the self-contained RUN/report.html of a pipeline's folder, and print the table.
+    """Write RUN/summary.json and the self-contained RUN/report.html of a pipeline's folder.
 
     Args:
         run: the folder that `rectify run` filled: evaluations, runs with their logs and configurations, the export.
@@ -77,7 +77,7 @@ def report(run: Path) -> None:
             path.stem.partition("-")[2]: embed(path.read_bytes())
             for path in sorted((run / "evaluation" / name).glob("samples-*.png"), key=lambda p: int(p.stem.partition("-")[2]))
         }
-        for name in summary["first_orderness"]
+        for name, _ in models(summary)
     }
     stages = [read_json(path) for path in sorted((run / "stages").glob("*.json"))]
     environment = jinja2.Environment(loader=jinja2.PackageLoader("trainer.report", "."), autoescape=True)

@@ -26,6 +26,12 @@ def summarize(out: Path) -> dict[str, Any]:
     return summary
 
 
+def models(summary: dict[str, Any]) -> list[tuple[str, list[tuple[int, dict[str, Any]]]]]:
+    """Return every evaluated model, the teacher first, with its rows by rising number of steps."""
+    names = sorted(summary["first_orderness"], key=lambda name: (name != "teacher", name))
+    return [(name, sorted((int(steps), row) for steps, row in summary[name].items())) for name in names]
+
+
 def targets(teacher: dict[str, Any], student: dict[str, Any]) -> dict[str, Any]:
     """Return what rectification is to show: one step of the student against the teacher's fewest and most."""
     few, many = teacher[min(teacher, key=int)], teacher[max(teacher, key=int)]
@@ -43,8 +49,8 @@ def targets(teacher: dict[str, Any], student: dict[str, Any]) -> dict[str, Any]:
 def table(summary: dict[str, Any]) -> str:
     """Return the table of quality against steps as text."""
     lines = [f"{'model':10}{'steps':>6}{'NFE':>6}{'FD':>10}{'accuracy':>10}{'recall':>9}{'precision':>11}"]
-    for name in summary["first_orderness"]:
-        for steps, row in summary[name].items():
+    for name, rows in models(summary):
+        for steps, row in rows:
             cells = f"{row['fd']:>10.4f}{row.get('accuracy', float('nan')):>10.4f}{row['recall']:>9.4f}{row['precision']:>11.4f}"
             lines.append(f"{name:10}{steps:>6}{row['nfe']:>6}{cells}")
     floors = summary["floors"]

@@ -1,0 +1,55 @@
+"""Real commands in real processes, in a folder of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    """Skip GPU tests, with the reason, where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+class Workspace:
+    """A folder with the repository's configs in it, in which commands run as a user would run them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        if not (path / "configs").exists():
+            (path / "configs").symlink_to(REPOSITORY / "configs")
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "WANDB_MODE": "offline", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def start(self, *words: str, processes: int = 1) -> subprocess.Popen:
+        launcher = [sys.executable, "-m"]
+        if processes > 1:
+            launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+        command = [*launcher, "deploy", *(str(word) for word in words)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, cwd=self.path, env=self.environment(), stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        )
+
+    def rectify(self, *words: str, processes: int = 1, code: int = 0) -> subprocess.CompletedProcess:
+        process = self.start(*words, processes=processes)
+        out, err = process.communicate(timeout=500)
+        assert process.returncode == code, f"rectify {' '.join(map(str, words))}: exit {process.returncode}\n{out}\n{err}"
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory) -> Workspace:
+    """A workspace in which the quick pipeline has run: runs/demo holds every artefact, barely trained."""
+    place = Workspace(tmp_path_factory.mktemp("workspace"))
+    place.rectify("run", "configs/digits/pipeline.yaml", "--quick", "true")
+    return place

@@ -1,0 +1,91 @@
+"""Interpolants and predictions: conversions, rates, and broadcasting of t."""
+
+import math
+
+import pytest
+import torch
+
+from models.interpolant import Interpolant, Linear, VariancePreserving
+from models.prediction import Noise, Prediction, Score, Velocity
+
+INTERPOLANTS = [cls() for cls in Interpolant.__subclasses__()] + [Linear(0.1), VariancePreserving(0.5, 10.0)]
+PREDICTIONS = [cls() for cls in Prediction.__subclasses__()]
+every_interpolant = pytest.mark.parametrize("interpolant", INTERPOLANTS, ids=repr)
+every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS, ids=repr)
+
+
+@every_interpolant
+@every_prediction
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_conversions_round_trip(interpolant, prediction, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, eps = torch.randn(2, 64, 3, 5, 5, generator=generator, dtype=dtype)
+    t = torch.linspace(0.02, 0.98, 64, dtype=dtype)
+    y, x_t = prediction.target(interpolant, x, eps, t), interpolant.mix(x, eps, t)
+    x_hat, eps_hat = prediction.solve(interpolant, y, x_t, t)
+    rows = torch.stack([torch.stack(interpolant(t.double())), torch.stack(prediction.row(interpolant, t.double()))])
+    bound = (1e-12 if dtype == torch.float64 else 1e-6) * torch.linalg.cond(rows.permute(2, 0, 1)).view(-1, 1, 1, 1)
+    scale = 5 * max(1.0, y.abs().max().item())
+    assert ((x_hat - x).abs() <= bound * scale).all()
+    assert ((eps_hat - eps).abs() <= bound * scale).all()
+
+
+@every_interpolant
+def test_rates_are_finite_differences(interpolant):
+    t, h = torch.linspace(0.05, 0.95, 91, dtype=torch.float64), 1e-5
+    for rate, ahead, behind in zip(interpolant.rates(t), interpolant(t + h), interpolant(t - h)):
+        torch.testing.assert_close(rate, (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-8)
+
+
+@every_interpolant
+def test_rates_accept_an_expanded_time(interpolant):
+    once = torch.tensor(0.3)
+    torch.testing.assert_close(interpolant.rates(once.expand(4))[0], interpolant.rates(once)[0].expand(4))
+
+
+@every_interpolant
+def test_signal_to_noise_falls(interpolant):
+    alpha, sigma = interpolant(torch.linspace(0.001, 0.999, 999, dtype=torch.float64))
+    assert (torch.diff(torch.log(alpha / sigma)) < 0).all()
+
+
+def test_variance_preserving_sigma_near_data():
+    t = torch.tensor(1e-4)
+    sigma = VariancePreserving()(t)[1].item()
+    exact = math.sqrt(-math.expm1(-(19.9 * 1e-4**2 / 2 + 0.1 * 1e-4)))
+    assert sigma == pytest.approx(exact, rel=1e-6)
+
+
+@every_interpolant
+@every_prediction
+def test_time_meets_the_batch_axis_and_no_other(interpolant, prediction):
+    """t of shape (B,) with B == W gives each sample its own time."""
+    x, eps = torch.randn(2, 4, 3, 4, 4, dtype=torch.float64)
+    t = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64)
+    x_t, y = interpolant.mix(x, eps, t), prediction.target(interpolant, x, eps, t)
+    for i in range(4):
+        torch.testing.assert_close(x_t[i], interpolant.mix(x[i], eps[i], t[i]))
+        torch.testing.assert_close(y[i], prediction.target(interpolant, x[i], eps[i], t[i]))
+
+
+def test_velocity_on_linear_is_flow_matching():
+    x, eps = torch.randn(2, 3, 1, 2, 2)
+    torch.testing.assert_close(Velocity().target(Linear(), x, eps, torch.rand(3)), eps - x)
+
+
+@every_interpolant
+def test_velocity_and_score_agree(interpolant):
+    """u = (sigma'/sigma) x_t + (D/sigma) x with D = alpha' sigma - alpha sigma', and score = -eps/sigma."""
+    x, eps = torch.randn(2, 8, 1, 2, 2, dtype=torch.float64)
+    t = torch.linspace(0.1, 0.9, 8, dtype=torch.float64)
+    (alpha, sigma), (da, ds) = ([v.view(-1, 1, 1, 1) for v in pair] for pair in (interpolant(t), interpolant.rates(t)))
+    x_t = alpha * x + sigma * eps
+    expected = ds / sigma * x_t + (da * sigma - alpha * ds) / sigma * x
+    torch.testing.assert_close(Velocity().target(interpolant, x, eps, t), expected)
+    torch.testing.assert_close(Score().target(interpolant, x, eps, t) * -sigma, Noise().target(interpolant, x, eps, t))
+
+
+@pytest.mark.parametrize("make", [lambda: Linear(-0.1), lambda: Linear(1.0), lambda: VariancePreserving(2.0, 1.0)])
+def test_impossible_interpolants_are_refused(make):
+    with pytest.raises(ValueError, match="sigma_min|beta_min"):
+        make()
