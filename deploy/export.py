@@ -145,7 +145,8 @@ pipeline_tag: unconditional-image-generation
 # {run.name}
 
 A DiT ({sum(p.numel() for p in denoiser.parameters()):,} parameters, EMA weights) trained by `rectify` with
-{denoiser.interpolant!r} and {denoiser.prediction!r}. Recommended: {steps} steps and guidance_scale=1 (the pipeline's default is 4).
+{denoiser.interpolant!r} and {denoiser.prediction!r}.
+Recommended: num_inference_steps={steps} and guidance_scale=1 (the pipeline's default is 4).
 
     from diffusers import DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained("{run.name}")

@@ -26,7 +26,7 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]
         raise FileNotFoundError(
             f"{folder}: an unfinished set; run the command that makes it again"
             if begun
-            else f"{folder}: no manifest.json there, so it is no set of shards; make one with `rectify pack`, `encode` or `collect`"
+            else f"{folder}: no manifest.json there, so no set of shards; make one with `rectify pack`, `encode` or `collect`"
         )
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:

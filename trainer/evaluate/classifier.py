@@ -59,7 +59,7 @@ def trained(folder: Path, train: Images, heldout: Images) -> tuple[Classifier, f
     if path.exists():
         with safe_open(path, "pt") as file:
             if file.metadata()["listing"] == origin:
-                classifier.load_state_dict({name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no iterator))
+                classifier.load_state_dict({name: file.get_tensor(name) for name in classifier.state_dict()})
                 return classifier.eval(), float(file.metadata()["accuracy"])
     _fit(classifier, train)
     score = accuracy(classifier, heldout)
