@@ -1,7 +1,9 @@
 """`rectify fit`: LightningCLI with short class names, our checkpoints and log, and "to resume, run the same command"."""
 
+import importlib
 import logging
 import os
+import pkgutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,22 +15,31 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch.optim import Optimizer
 
-import trainer.autoencoder
-import trainer.callbacks.ema
-import trainer.module  # noqa: F401  (imported classes are known by their short names)
 from data.files import atomic
 from data.stream import Stream
 from deploy.hints import explain
 from models import teacher
-from trainer.callbacks.checkpoint import Checkpoints
+from trainer.callbacks.checkpoint import Checkpoints, WholeFiles
 from trainer.callbacks.metrics import Metrics
 
+ROOMS = ("models", "data", "trainer.objectives", "trainer.callbacks")
+MODULES = ("trainer.module", "trainer.autoencoder", "trainer.times")
 DEFAULTS = {  # of the Trainer; a configuration may say otherwise
     "max_epochs": -1,
     "use_distributed_sampler": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
+
+
+def import_components() -> None:
+    """Import all that a configuration can name: imported classes are known by their short names."""
+    for room in ROOMS:
+        package = importlib.import_module(room)
+        for module in pkgutil.walk_packages(package.__path__, room + "."):
+            importlib.import_module(module.name)
+    for name in MODULES:
+        importlib.import_module(name)
 
 
 class Fit(LightningCLI):
@@ -75,8 +86,10 @@ class Fit(LightningCLI):
 
 def fit(args: Sequence[str]) -> None:
     """Train what a configuration says, from its newest checkpoint on if there is one."""
+    import_components()
     warnings.filterwarnings("ignore", r".*(LightningCLI's args parameter|does not have many workers|treespec|LeafSpec).*")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for chatty in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         cli = Fit(
             datamodule_class=Stream,
@@ -89,4 +102,5 @@ def fit(args: Sequence[str]) -> None:
         )
     except ArgumentError as error:
         raise ValueError(f"fit: {explain(error, Fit.names)}") from None
+    cli.trainer.strategy.checkpoint_io = WholeFiles()
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.newest, weights_only=True)

@@ -53,7 +53,8 @@ def read(path: str | Path) -> dict:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except Exception as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a readable checkpoint ({why})") from error
     if not isinstance(checkpoint, dict) or "rectify" not in checkpoint:
         raise ValueError(f"{path}: not a checkpoint of ours (it has no `rectify` entry); give a run folder made by `rectify fit`")
     if checkpoint["rectify"]["format"] != FORMAT:

@@ -85,6 +85,6 @@ class Generator(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume a run with another model."""
-        there, here = checkpoint["rectify"]["denoiser"], teacher.describe(self.denoiser)
+        there, here = checkpoint["rectify"].get("denoiser"), teacher.describe(self.denoiser)
         if there != here:
             raise ValueError(f"{self.trainer.default_root_dir}: holds a run of another model ({there}); this one is {here}")

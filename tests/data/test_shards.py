@@ -199,4 +199,5 @@ def test_other_noise_bits_are_refused(tmp_path):
 def test_pairs_hold_no_pickle(tmp_path):
     pairs(tmp_path)
     for tar in tmp_path.glob("*.tar"):
-        assert {name.partition(".")[2] for name in tarfile.open(tar).getnames()} == {"npy", "cls"}
+        with tarfile.open(tar) as file:
+            assert {name.partition(".")[2] for name in file.getnames()} == {"npy", "cls"}

@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 import matplotlib
+import matplotlib.image
 from matplotlib.figure import Figure
 
 from data.files import atomic, read_json, write_json
@@ -62,8 +63,22 @@ def losses(logs: dict[str, list[dict[str, Any]]]) -> str:
     return drawn(figure)
 
 
+def overview(run: Path, summary: dict[str, Any]) -> bytes:
+    """Return the picture for a first screen, as PNG: every model's samples at its fewest and its most steps."""
+    shown = [(name, steps[at][0]) for name, steps in models(summary) for at in (0, -1)]
+    figure = Figure(figsize=(11, 2.1), layout="constrained")
+    for axes, (name, steps) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
+        axes.imshow(matplotlib.image.imread(run / "evaluation" / name / f"samples-{steps}.png"), cmap="gray")
+        row = summary[name][str(steps)]
+        axes.set_title(f"{name}, {steps} step{'s' * (steps > 1)}: FD {row['fd']:.2f}", fontsize=10)
+        axes.axis("off")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
 def report(run: Path) -> None:
-    """Write RUN/summary.json and the self-contained RUN/report.html of a pipeline's folder.
+    """Write RUN/summary.json, RUN/overview.png and the self-contained RUN/report.html of a pipeline's folder.
 
     Args:
         run: the folder that `rectify run` filled: evaluations, runs with their logs and configurations, the export.
@@ -79,11 +94,13 @@ def report(run: Path) -> None:
         }
         for name, _ in models(summary)
     }
+    picture = overview(run, summary)
     stages = [read_json(path) for path in sorted((run / "stages").glob("*.json"))]
     environment = jinja2.Environment(loader=jinja2.PackageLoader("trainer.report", "."), autoescape=True)
     page = environment.get_template("page.html.j2").render(
         run=run.name,
         table=table(summary),
+        overview=embed(picture),
         quality=quality(summary),
         losses=losses(logs) if logs else None,
         grids=grids,
@@ -94,5 +111,7 @@ def report(run: Path) -> None:
         python=platform.python_version(),
         configs={path.parent.name: path.read_text() for path in sorted(run.glob("*/config.yaml"))},
     )
+    with atomic(run / "overview.png") as file:
+        file.write(picture)
     with atomic(run / "report.html") as file:
         file.write(page.encode())
