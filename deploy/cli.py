@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
 
 def call(verb: str, args: Sequence[str]) -> None:
     """Import a verb and call it with arguments parsed by its own signature."""
+    logging.basicConfig(format="%(name)s: %(message)s")
+    for room in ("models", "data", "trainer", "deploy"):
+        logging.getLogger(room).setLevel(logging.INFO)
     module, _, name = VERBS[verb][0].partition(":")
     function = getattr(importlib.import_module(module), name)
     if verb == "fit":

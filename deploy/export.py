@@ -1,10 +1,11 @@
 """Export: a run as a diffusers folder that plain `DiffusionPipeline.from_pretrained` loads."""
 
+import logging
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
-from diffusers.utils import logging
+from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 
 from data.files import atomic_folder, canonical, read_json
@@ -18,6 +19,7 @@ from models.nets.dit import DiT
 from models.prediction import Velocity
 from models.sampler import DDIM
 
+log = logging.getLogger(__name__)
 NULL = 1000  # the class that DiTPipeline takes for "not told"
 CHECKED = (1, 2, 3, 4, 8, 32)  # step counts at which the folder is compared with our sampler
 TOLERANCE = 1e-4  # of images in [0, 1]
@@ -108,7 +110,7 @@ def export(run: Path, out: Path, steps: int = 4) -> None:
         out: the folder to write (replaced as a whole).
         steps: recommended number of steps, for the model card.
     """
-    logging.disable_progress_bar()
+    disable_progress_bar()
     denoiser, codec, condition = teachers.load(run)
     linear = isinstance(denoiser.interpolant, Linear) and denoiser.interpolant.sigma_min == 0
     if not (linear and isinstance(denoiser.prediction, Velocity)):
@@ -119,6 +121,7 @@ def export(run: Path, out: Path, steps: int = 4) -> None:
         raise ValueError(f"{run}: export knows a DiT in the latents of an AutoencoderKL")
     weights = teachers.fingerprint(denoiser)
     if (out / "export.json").exists() and read_json(out / "export.json")["denoiser"] == weights:
+        log.info("%s is finished", out)
         return
     vae = AutoencoderKL.from_config(codec.vae.config)
     vae.load_state_dict(codec.vae.state_dict())

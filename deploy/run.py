@@ -1,8 +1,13 @@
 """`rectify run`: a pipeline is a list of `rectify` commands; each is run once, and the same command resumes."""
 
+import ctypes
+import fcntl
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +54,41 @@ def run(config: Path, out: Path | None = None, quick: bool = False) -> None:
     """
     pipeline = load(config)
     out = out or Path(pipeline["out"])
+    with alone(out):
+        walk(pipeline["stages"], out, quick)
+    from trainer.report.summary import table
+
+    if (out / "summary.json").exists():
+        print(table(read_json(out / "summary.json")))
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Wait until no other process runs a pipeline in this folder (one whose parent was killed, say)."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"rectify: another run is at work in {out}; waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, so that a killed pipeline leaves no stage at work."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def walk(stages: list[dict[str, Any]], out: Path, quick: bool) -> None:
+    """Run the stages that are not finished, in order."""
     stamp = ""
-    for place, stage in enumerate(pipeline["stages"], 1):
+    for place, stage in enumerate(stages, 1):
         words = command(stage, out, quick)
         stamp = fingerprint(words, stamp)
         record, title = (
             out / "stages" / f"{place:02d}-{stage['name']}.json",
-            f"[{place}/{len(pipeline['stages'])}] {stage['name']}",
+            f"[{place}/{len(stages)}] {stage['name']}",
         )
         if record.exists():
             if read_json(record)["fingerprint"] != stamp:
@@ -66,11 +99,7 @@ def run(config: Path, out: Path | None = None, quick: bool = False) -> None:
             continue
         print(f"{title}: rectify {' '.join(words)}", file=sys.stderr, flush=True)
         began = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "deploy", *words]).returncode
+        code = subprocess.run([sys.executable, "-m", "deploy", *words], preexec_fn=die_with_parent).returncode
         if code:
             raise SystemExit(code if code > 0 else 128 - code)
         write_json(record, {"fingerprint": stamp, "words": words, "seconds": round(time.monotonic() - began, 1)})
-    from trainer.report.summary import table
-
-    if (out / "summary.json").exists():
-        print(table(read_json(out / "summary.json")))

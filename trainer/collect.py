@@ -1,5 +1,6 @@
 """Collecting pairs: a teacher draws one sample from each noise, and (noise index, sample, condition) is kept."""
 
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,8 @@ from models import teacher as teachers
 from models.condition import ClassLabel, Condition
 from models.guidance import Guided
 from trainer import job
+
+log = logging.getLogger(__name__)
 
 
 def asked(condition: Condition, indices: range) -> torch.Tensor | None:
@@ -64,6 +67,7 @@ def collect(
     writer = PairWriter(out, provenance, pairs, seed, denoiser.shape, shard, store_noise)
     shards, guided = writer.shards, Guided(denoiser, guidance).to(state.device)
     if (out / "manifest.json").exists() and not shards.missing():
+        log.info("%s is finished", out)
         return
     mine = job.share(state, list(shards.numbers()))
     done = sum(len(shards.indices(n)) for n in mine if shards.finished(n))

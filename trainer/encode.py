@@ -1,5 +1,6 @@
 """Encoding: packed images through a codec, into shards of latents with unit variance."""
 
+import logging
 import math
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from models import codec as codecs
 from models.codec import KL
 from trainer import job
 
+log = logging.getLogger(__name__)
 MEASURED = 16384  # images, evenly spaced, from which the latents' scale is measured
 
 
@@ -46,7 +48,8 @@ def encode(images: Path, codec: Path, out: Path, shard: int = 1024) -> None:
     origin = digest(canonical([shard["sha256"] for shard in source.manifest["shards"]]))
     plan = {"images": origin, "codec": weights, "classes": source.manifest["classes"]}
     writer = ShardWriter(out, "latents", plan, len(source), shard)
-    if (out / "manifest.json").exists():
+    if (out / "manifest.json").exists() and not writer.missing():
+        log.info("%s is finished", out)
         return
     kl.to(state.device)
     kl.vae.register_to_config(scaling_factor=latent_scale(kl, source))

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -12,18 +13,19 @@ log = logging.getLogger(__name__)
 
 
 @cache
-def xformers_kernel(device: str) -> bool:
-    """Tell, by running it once, whether xformers attends on this kind of device; says so in one log line."""
-    found = False
+def xformers_kernel(device: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Return xformers' attention if, run once, it works on this kind of device and dtype; says so in one log line."""
+    kernel = None
     if device == "cuda":
         try:
-            probe = torch.zeros(1, 8, 1, 16, device=device, dtype=torch.bfloat16)
-            importlib.import_module("xformers.ops").memory_efficient_attention(probe, probe, probe)
-            found = True
+            kernel = importlib.import_module("xformers.ops").memory_efficient_attention
+            probe = torch.zeros(1, 8, 1, 16, device=device, dtype=dtype)
+            kernel(probe, probe, probe)
         except (ImportError, NotImplementedError, RuntimeError) as error:
             log.debug("xformers probe: %s", error)
-    log.info("attention on %s: %s", device, "xformers" if found else "torch scaled_dot_product_attention")
-    return found
+            kernel = None
+    log.info("attention on %s in %s: %s", device, dtype, "xformers" if kernel else "torch scaled_dot_product_attention")
+    return kernel
 
 
 class Attention(nn.Module):
@@ -44,8 +46,8 @@ class Attention(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the attended tokens, shape (B, N, width)."""
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (B, N, heads, width / heads)
-        if xformers_kernel(tokens.device.type):
-            mixed = importlib.import_module("xformers.ops").memory_efficient_attention(q, k, v)
+        if kernel := xformers_kernel(q.device.type, q.dtype):
+            mixed = kernel(q, k, v)
         else:
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
             mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)

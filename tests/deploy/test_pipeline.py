@@ -12,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, Workspace
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 PIPELINES = [path for path in CONFIGS if "stages" in yaml.safe_load(path.read_text())]
@@ -122,3 +122,20 @@ def test_every_command_in_the_readme_runs(workspace):
         words = words[words.index("deploy") + 1 :] if words[0] == "torchrun" else words[1:]
         quick = {"run": ["--quick", "true"], "fit": ["--trainer.max_steps", "2"], "collect": ["--pairs", "300", "--steps", "2"]}
         workspace.rectify(*words, *([] if "--help" in words else quick.get(words[0], [])), processes=processes)
+
+
+def test_a_killed_pipeline_leaves_nothing_at_work_and_goes_on(tmp_path):
+    """SIGKILL of the pipeline's own process alone, in the middle of a stage; then the same command."""
+    place = Workspace(tmp_path)
+    stages = yaml.safe_load((REPOSITORY / "configs/digits/pipeline.yaml").read_text())
+    stages["stages"] = stages["stages"][:2]
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(stages))
+    process = place.start("run", "short.yaml", "--quick", "true")
+    while not (tmp_path / "runs/demo/autoencoder/config.yaml").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    again = place.rectify("run", "short.yaml", "--quick", "true")
+    assert "[1/2] pack: finished" in again.stderr
+    assert [json.loads(line)["step"] for line in (tmp_path / "runs/demo/autoencoder/metrics.jsonl").open()] == [20]
