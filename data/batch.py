@@ -20,6 +20,7 @@ class Batch:
     latent: bool  # x needs no codec
     condition: Tensor | None = None  # class labels, (B,) int64
     noise: Tensor | None = None  # the noise that a pair's teacher started from, as x
+    paired: Tensor | None = None  # which samples bring their noise, (B,) bool; None: all, if there is noise
     seed: int = 0
     step: int = 0  # optimizer step
     start: int = 0  # position of the first sample in the global batch
@@ -27,13 +28,31 @@ class Batch:
 
 
 class Source(ABC):
-    """Samples by index. `manifest` is the set's manifest."""
+    """An endless shuffled sequence of samples, in which every place can be read at once."""
+
+    @abstractmethod
+    def take(self, seed: int, position: int, count: int) -> Batch:
+        """Return `count` samples from a position of the sequence on: a pure function of its arguments."""
+
+
+class Set(Source):
+    """Samples by index, shuffled anew in every epoch. `manifest` is the set's manifest."""
 
     manifest: dict[str, Any]
+    _order: Order | None = None
 
     @abstractmethod
     def read(self, indices: np.ndarray) -> Batch:
         """Return the samples at these indices, in this order."""
+
+    def order(self, seed: int) -> Order:
+        """Return the set's order under a seed."""
+        if self._order is None or self._order.seed != seed:
+            self._order = Order([shard["count"] for shard in self.manifest["shards"]], seed)
+        return self._order
+
+    def take(self, seed: int, position: int, count: int) -> Batch:
+        return self.read(self.order(seed).indices(position, count))
 
 
 class Steps(IterableDataset):
@@ -54,17 +73,16 @@ class Steps(IterableDataset):
             raise ValueError(f"data.batch: {batch} is not a multiple of {world} processes x {parts} accumulated batches")
         self.source, self.batch, self.seed, self.first = source, batch, seed, first
         self.rank, self.world, self.parts = rank, world, parts
-        self.order = [shard["count"] for shard in source.manifest["shards"]]
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         at, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        order, micro = Order(self.order, self.seed), self.first * self.parts + at
+        micro = self.first * self.parts + at
         local = self.batch // (self.world * self.parts)
         while True:
             step, part = divmod(micro, self.parts)
             start = (part * self.world + self.rank) * local
-            batch = self.source.read(order.indices(step * self.batch + start, local))
+            batch = self.source.take(self.seed, step * self.batch + start, local)
             batch.seed, batch.step, batch.start, batch.size = self.seed, step, start, self.batch
             yield batch
             micro += stride

@@ -13,13 +13,14 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from data.batch import Batch, Source
+from data.batch import Batch, Set
 from data.digits import CLASSES, Item, digits
 from data.files import canonical, digest
 from data.progress import Meter
 from data.shards import ShardReader, ShardWriter
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+FIELDS = ("png", "jpg", "jpeg", "webp")  # of an image in a shard
 UNREADABLE = 0.01  # fraction of corrupt images above which packing is an error
 
 
@@ -122,7 +123,7 @@ def pack_split(writer: ShardWriter, items: list[Item], meter: Meter, unreadable:
     writer.finish()
 
 
-class Images(Source):
+class Images(Set):
     """Packed images, as float32 in [-1, 1].
 
     Args:
@@ -142,7 +143,9 @@ class Images(Source):
     def pixels(self, i: int) -> np.ndarray:
         """Return image i as uint8, (C, H, W)."""
         if i not in self._kept:
-            pixels = np.asarray(Image.open(io.BytesIO(self.reader[i]["png"].tobytes())))
+            sample = self.reader[i]
+            field = next(field for field in FIELDS if field in sample)
+            pixels = np.asarray(Image.open(io.BytesIO(sample[field].tobytes())))
             self._kept[i] = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
             if len(self._kept) > self.cache:
                 self._kept.popitem(last=False)
@@ -159,7 +162,7 @@ def label(sample: dict[str, Any]) -> int:
     return int(sample["cls"].tobytes())
 
 
-def read_all(source: Source, count: int, batch: int = 512) -> Iterator[tuple[Tensor, Tensor | None]]:
+def read_all(source: Set, count: int, batch: int = 512) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield (x, condition) of samples 0 .. count - 1 in order, in batches."""
     for start in range(0, count, batch):
         part = source.read(np.arange(start, min(count, start + batch)))

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Source
+from data.batch import Batch, Set
 from data.images import label
 from data.shards import ShardReader, decode_array, encode_array
 
@@ -17,7 +17,7 @@ def latent_sample(key: str, latent: Tensor, klass: int | None) -> dict[str, Any]
     return sample if klass is None else {**sample, "cls": str(klass).encode()}
 
 
-class Latents(Source):
+class Latents(Set):
     """Encoded images, float32 of unit variance.
 
     Args:

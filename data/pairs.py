@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Source
+from data.batch import Batch, Set
 from data.files import digest
 from data.images import label
 from data.latents import latent_sample
@@ -90,7 +90,7 @@ class PairSet:
         return {"noise": noise(self.seed, index, self.shape), "sample": sample, "condition": condition, "index": index}
 
 
-class Pairs(Source):
+class Pairs(Set):
     """Pairs as a source of training batches that bring their own noise.
 
     Args:

@@ -1,9 +1,17 @@
 """The endless shuffled stream as Lightning wants it."""
 
+import signal
+
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from data.batch import Source, Steps
+
+
+def ignore_signals(_: int) -> None:
+    """In a reading process: SIGTERM and SIGUSR1 are the training process's business."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Stream(LightningDataModule):
@@ -27,4 +35,6 @@ class Stream(LightningDataModule):
         steps = Steps(
             self.source, self.batch, self.seed, run.global_step, run.global_rank, run.world_size, run.accumulate_grad_batches
         )
-        return DataLoader(steps, batch_size=None, num_workers=self.workers, persistent_workers=self.workers > 0)
+        return DataLoader(
+            steps, batch_size=None, num_workers=self.workers, persistent_workers=self.workers > 0, worker_init_fn=ignore_signals
+        )

@@ -12,12 +12,14 @@ from deploy.hints import explain, nearest, one_line
 
 VERBS = {
     "pack": ("data.images:pack", "pack a folder of images (or the bundled digits) into webdataset shards"),
+    "index": ("data.index:index", "index webdataset tars that others made, to read them like our own"),
     "fit": ("deploy.fit:fit", "train an autoencoder, a teacher or a student (LightningCLI: --config, --print_config)"),
     "encode": ("trainer.encode:encode", "encode packed images into shards of latents"),
     "collect": ("trainer.collect:collect", "collect (noise, sample) pairs from a teacher"),
     "sample": ("trainer.sample:sample", "draw a grid of images from a run"),
     "evaluate": ("trainer.evaluate:evaluate", "measure quality against the number of network evaluations"),
     "export": ("deploy.export:export", "write a diffusers folder that plain diffusers loads"),
+    "ema": ("trainer.posthoc:ema", "reconstruct the average of another width from a run's EMA snapshots"),
     "report": ("trainer.report:report", "write summary.json and a self-contained report.html of a pipeline's folder"),
     "run": ("deploy.run:run", "run a pipeline of these, skipping what is finished"),
 }
@@ -76,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"rectify: error: {one_line(error)}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"rectify: error: {one_line(error)}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("rectify: stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -21,6 +21,8 @@ from deploy.hints import explain
 from models import teacher
 from trainer.callbacks.checkpoint import Checkpoints, WholeFiles
 from trainer.callbacks.metrics import Metrics
+from trainer.callbacks.preemption import EXIT, Preemption
+from trainer.callbacks.watch import Watch
 
 ROOMS = ("models", "data", "trainer.objectives", "trainer.callbacks")
 MODULES = ("trainer.module", "trainer.autoencoder", "trainer.times")
@@ -52,6 +54,8 @@ class Fit(LightningCLI):
         parser.add_argument("--out", type=str, required=True, help="Run folder: config, checkpoints, metrics, codec.")
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(Metrics, "metrics")
+        parser.add_lightning_class_args(Watch, "watch")
+        parser.add_lightning_class_args(Preemption, "preemption")
         parser.link_arguments("out", "trainer.default_root_dir")
         parser.link_arguments("seed_everything", "data.seed")
         Fit.names = [action.dest for action in parser._actions]
@@ -103,4 +107,10 @@ def fit(args: Sequence[str]) -> None:
     except ArgumentError as error:
         raise ValueError(f"fit: {explain(error, Fit.names)}") from None
     cli.trainer.strategy.checkpoint_io = WholeFiles()
+    callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.newest, weights_only=True)
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish(quiet=True)  # its own process would write on for a while
+    if any(isinstance(callback, Preemption) and callback.stopped for callback in callbacks):
+        print(f"fit: stopped by a signal at step {cli.trainer.global_step}, saved; run the same command again", file=sys.stderr)
+        raise SystemExit(EXIT)

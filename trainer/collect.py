@@ -1,25 +1,44 @@
 """Collecting pairs: a teacher draws one sample from each noise, and (noise index, sample, condition) is kept."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from data.pairs import PairWriter
 from data.progress import Meter
 from models import sampler as samplers
 from models import teacher as teachers
 from models.condition import ClassLabel, Condition
+from models.denoiser import Denoiser
 from models.guidance import Guided
+from models.sampler import DenoiserLike, Sampler
 from trainer import job
 
 log = logging.getLogger(__name__)
 
 
-def asked(condition: Condition, indices: range) -> torch.Tensor | None:
+def asked(condition: Condition, indices: range) -> Tensor | None:
     """Return the raw conditions asked at global indices: every class in turn, or nothing."""
     return torch.tensor(indices) % condition.classes if isinstance(condition, ClassLabel) else None
+
+
+def origin(denoiser: Denoiser) -> dict[str, Any]:
+    """Return the provenance that a teacher gives its pairs."""
+    form = {"interpolant": repr(denoiser.interpolant), "prediction": repr(denoiser.prediction)}
+    return {"teacher": teachers.fingerprint(denoiser), **form}
+
+
+def draw(
+    walk: Sampler, denoiser: DenoiserLike, eps: Tensor, cond: Tensor | None, batch: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Yield samples, on the CPU, of noises (n, C, H, W) and conditions (n,), in batches."""
+    for start in range(0, len(eps), batch):
+        told = None if cond is None else cond[start : start + batch].to(device)
+        yield walk(denoiser, eps[start : start + batch].to(device), told).cpu()
 
 
 @torch.inference_mode()
@@ -35,9 +54,9 @@ def collect(
     batch: int = 256,
     store_noise: bool = False,
 ) -> None:
-    """Collect pairs from a teacher's EMA weights; `torchrun --nproc-per-node N -m deploy collect ...` uses N processes.
+    """Collect pairs from a teacher's EMA weights; any number of processes, restarts and kills gives the same bytes.
 
-    Any number of processes, restarts and kills gives the same bytes.
+    `torchrun --nproc-per-node N -m deploy collect ...` works on N processes.
 
     Args:
         teacher: a run folder or a checkpoint of ours.
@@ -53,19 +72,10 @@ def collect(
     """
     state = job.start()
     denoiser, _, condition = teachers.load(teacher)
-    walk = getattr(samplers, sampler)(steps)
-    provenance = {
-        "teacher": teachers.fingerprint(denoiser),
-        "interpolant": repr(denoiser.interpolant),
-        "prediction": repr(denoiser.prediction),
-        "sampler": sampler,
-        "steps": steps,
-        "guidance": guidance,
-        "batch": batch,
-        "dtype": "float16",
-    }
-    writer = PairWriter(out, provenance, pairs, seed, denoiser.shape, shard, store_noise)
-    shards, guided = writer.shards, Guided(denoiser, guidance).to(state.device)
+    walk, guided = getattr(samplers, sampler)(steps), Guided(denoiser, guidance).to(state.device)
+    plan = {**origin(denoiser), "sampler": sampler, "steps": steps, "guidance": guidance, "batch": batch, "dtype": "float16"}
+    writer = PairWriter(out, plan, pairs, seed, denoiser.shape, shard, store_noise)
+    shards = writer.shards
     if (out / "manifest.json").exists() and not shards.missing():
         log.info("%s is finished", out)
         return
@@ -73,15 +83,11 @@ def collect(
     done = sum(len(shards.indices(n)) for n in mine if shards.finished(n))
     with Meter("collect", sum(len(shards.indices(n)) for n in mine), "pairs", done, state.is_main_process) as meter:
         for number in mine:
-            if shards.finished(number):
-                continue
-            noise, raw = writer.noise(number), asked(condition, shards.indices(number))
-            told = condition(raw)
-            samples = []
-            for start in range(0, len(noise), batch):
-                part = slice(start, start + batch)
-                cond = None if told is None else told[part].to(state.device)
-                samples.append(walk(guided, noise[part].to(state.device), cond).cpu())
-                meter.add(len(samples[-1]))
-            writer.write(number, torch.cat(samples), raw)
+            if not shards.finished(number):
+                raw = asked(condition, shards.indices(number))
+                parts = []
+                for part in draw(walk, guided, writer.noise(number), condition(raw), batch, state.device):
+                    parts.append(part)
+                    meter.add(len(part))
+                writer.write(number, torch.cat(parts), raw)
     shards.finish()

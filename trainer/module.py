@@ -9,14 +9,25 @@ from torch import Tensor
 
 from data.batch import Batch
 from data.files import atomic_folder
+from data.mixed import Mixed
 from data.pairs import Pairs
 from models import codec as codecs
 from models import teacher
 from models.codec import KL
 from models.condition import Condition, Unconditional
 from models.denoiser import Denoiser
+from models.interpolant import expand
 from trainer.draws import Draws
 from trainer.objectives import Matching, Objective
+
+
+def coupled(batch: Batch, draws: Draws, x: Tensor) -> Tensor:
+    """Return the noise of x: what a pair brings, fresh noise for samples that bring none."""
+    if batch.noise is None:
+        return draws.noise(x)
+    if batch.paired is None:
+        return batch.noise
+    return batch.noise.where(expand(batch.paired, x), draws.noise(x))
 
 
 class Generator(LightningModule):
@@ -58,7 +69,7 @@ class Generator(LightningModule):
         draws = Draws(batch)
         with torch.no_grad():
             x = batch.x if batch.latent else self.codec.encode(batch.x)
-        eps = batch.noise if batch.noise is not None else draws.noise(x)
+        eps = coupled(batch, draws, x)
         cond = self.condition(batch.condition, chance=draws.uniform("drop"))
         loss = self.objective(self.denoiser, x, eps, cond, draws)
         self.log("loss", loss)
@@ -67,11 +78,12 @@ class Generator(LightningModule):
     def on_fit_start(self) -> None:
         """Refuse pairs of another origin, and put the codec into the run: a run folder is whole by itself."""
         source = getattr(getattr(self.trainer, "datamodule", None), "source", None)
-        if isinstance(source, Pairs):
-            source.agree("interpolant", repr(self.denoiser.interpolant))
-            source.agree("prediction", repr(self.denoiser.prediction))
-            if self.teacher_hash:
-                source.agree("teacher", self.teacher_hash)
+        for part in source.sources if isinstance(source, Mixed) else [source]:
+            if isinstance(part, Pairs):
+                part.agree("interpolant", repr(self.denoiser.interpolant))
+                part.agree("prediction", repr(self.denoiser.prediction))
+                if self.teacher_hash:
+                    part.agree("teacher", self.teacher_hash)
         folder = Path(self.trainer.default_root_dir) / "codec"
         if isinstance(self.codec, KL) and self.trainer.is_global_zero and not folder.exists():
             with atomic_folder(folder) as temporary:

@@ -26,6 +26,9 @@ class Order:
         self._epoch = lru_cache(maxsize=2)(self._shuffle_shards)
         self._block = lru_cache(maxsize=2)(self._shuffle_block)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Order, (self.counts, self.seed)  # caches stay here
+
     def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         shards = permutation(len(self.counts), self.seed, epoch, 0)
         return shards, np.cumsum(np.add.reduceat(self.counts[shards], np.arange(0, len(shards), BLOCK)))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from data.files import file_digest, read_json
-from data.shards.write import FORMAT
+from data.shards.write import FORMAT, split_name
 
 
 def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class ShardReader:
         spans = offsets[i - int(self.ends[number]) + shard["count"]]
         header = max(int(start) for start, _ in spans) - 512  # of any field that is there: the name stands first
         name = data[header:][:100].tobytes().split(b"\0")[0].decode()
-        sample: dict[str, Any] = {"__key__": name.partition(".")[0]}
+        sample: dict[str, Any] = {"__key__": (split_name(name) or (name, ""))[0]}
         sample.update({f: data[a : a + n] for f, (a, n) in zip(shard["fields"], spans) if a >= 0})
         return sample
 

@@ -1,6 +1,7 @@
 """Writing sets: every shard is a unit of work that can be done by anyone, in any order, any number of times."""
 
 import io
+import re
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,13 +22,31 @@ def encode_array(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def split_name(name: str) -> tuple[str, str] | None:
+    """Return (key, field) of a member's name, as webdataset splits it: at the first dot after the last slash."""
+    found = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", name)
+    return (found[1], found[2]) if found else None
+
+
+def write_offsets(path: Path, offsets: np.ndarray) -> None:
+    """Write a shard's offsets."""
+    with atomic(path) as file:
+        file.write(encode_array(offsets))
+
+
 def index_tar(path: Path) -> tuple[list[str], np.ndarray]:
     """Return a tar's fields and offsets: (fields,) and (samples, fields, 2), start and length, -1 where absent."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            key, _, field = member.name.partition(".")
-            samples.setdefault(key, {})[field] = (member.offset_data, member.size)
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.isfile() and (name := split_name(member.name)):
+                    samples.setdefault(name[0], {})[name[1]] = (member.offset_data, member.size)
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{path}: not a whole tar ({error})") from None
+    size = path.stat().st_size
+    if any(start + length > size for sample in samples.values() for start, length in sample.values()):
+        raise ValueError(f"{path}: truncated: its last member ends past the file's {size} bytes")
     fields = sorted({field for sample in samples.values() for field in sample})
     offsets = [[sample.get(field, (-1, -1)) for field in fields] for sample in samples.values()]
     return fields, np.array(offsets, dtype=np.int64).reshape(len(offsets), len(fields), 2)
@@ -96,8 +115,7 @@ class ShardWriter:
             for sample in samples:
                 writer.write(sample)
         fields, offsets = index_tar(tar)
-        with atomic(self._path(number, "npy")) as file:
-            file.write(encode_array(offsets))
+        write_offsets(self._path(number, "npy"), offsets)
         record = {"count": len(offsets), "bytes": tar.stat().st_size, "sha256": file_digest(tar), "fields": fields}
         write_json(self._path(number, "json"), {**record, "stamp": self.stamp, **extra})
 

@@ -10,6 +10,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from data.files import replacing, sweep
 from models import teacher
+from trainer.callbacks.watch import Watch
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -40,8 +41,8 @@ class Checkpoints(Checkpoint):
             sweep(self._folder(trainer), "step=*")
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Save when a checkpoint is due."""
-        if trainer.global_step % self.every == 0:
+        """Save when a checkpoint is due, or the run is to stop here."""
+        if trainer.global_step % self.every == 0 or trainer.should_stop:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,6 +55,9 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self.saved:
             return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Watch):
+                callback.look(trainer)  # a bad state is never saved
         self.saved = trainer.global_step
         path = self._folder(trainer) / f"step={self.saved:09d}.ckpt"
         with replacing(path) if trainer.is_global_zero else nullcontext(path) as temporary:

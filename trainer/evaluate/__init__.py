@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
-from data.files import digest, replacing, write_json
+from data.files import replacing, write_json
 from data.images import Images, read_all
 from data.noise import noise
 from data.progress import Meter
@@ -129,7 +129,7 @@ def evaluate(
     with state.main_process_first(), torch.inference_mode(False):
         classifier, score = trained(images, *sets)
     real = torch.cat([classifier(x)[0] for part in sets for x, _ in read_all(part, len(part))])
-    eps, raw, told = drawing.start(range(TRAJECTORIES))
+    eps, _, told = drawing.start(range(TRAJECTORIES))
     columns = len(sets[0].manifest["classes"])
     share = -(-samples // state.num_processes)
     with Meter(f"evaluate {run.name}", share * sum(steps), "evaluations", shown=state.is_main_process) as meter:
@@ -138,16 +138,13 @@ def evaluate(
         for n in steps:
             with replacing(out / f"samples-{n}.png") as temporary:
                 grid(drawing.images(range(ROWS * columns), n)[0], columns).save(temporary, "png")
-        summary = {
-            "format": 1,
-            "run": str(run),
-            "denoiser": drawing.fingerprint,
-            "reference": digest(sets[0].manifest["listing"].encode()),
-            "settings": {"samples": samples, "guidance": guidance, "seed": seed, "sampler": "DDIM"},
+        origin = {"format": 1, "run": str(run), "denoiser": drawing.fingerprint, "reference": sets[0].manifest["listing"]}
+        found = {
             "steps": results,
             "first_orderness": first_orderness(drawing.denoiser, eps, told),
             "floors": floors(drawing.codec.cpu(), classifier, sets, samples, seed),
             "classifier_accuracy_heldout": score,
-            "seconds": round(time.monotonic() - began, 1),
         }
-        write_json(out / "evaluation.json", summary)
+        settings = {"samples": samples, "guidance": guidance, "seed": seed, "sampler": "DDIM"}
+        seconds = round(time.monotonic() - began, 1)
+        write_json(out / "evaluation.json", {**origin, **found, "settings": settings, "seconds": seconds})

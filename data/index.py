@@ -1,0 +1,58 @@
+"""Indexing tars that others made, so that they are read like our own: offsets beside them, and a manifest."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data.files import canonical, digest, file_digest, read_json, write_json
+from data.images import FIELDS
+from data.progress import Meter
+from data.shards.write import FORMAT, index_tar, write_offsets
+
+
+def index(folder: Path) -> None:
+    """Index a folder of webdataset tars in place: offsets and checksum beside each, and a manifest for all.
+
+    Samples with an image are a set of images (all of one size), those with .npy one of latents; .cls are class numbers.
+
+    Args:
+        folder: the tars' folder.
+    """
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise FileNotFoundError(f"{folder}: no .tar files there")
+    if (folder / "plan.json").exists():
+        raise ValueError(f"{folder}: is a set of ours already; run the command that makes it to repair it")
+    shards, classes = [], 0
+    with Meter("index", len(tars), "shards") as meter:
+        for tar in tars:
+            record, most = index_one(tar)
+            shards.append({"name": tar.name, **record})
+            classes = max(classes, most + 1)
+            meter.add(1)
+    held = {field for shard in shards for field in shard["fields"]}
+    kind = "images" if held & set(FIELDS) else "latents" if "npy" in held else None
+    if kind is None:
+        raise ValueError(f"{folder}: samples hold {sorted(held)}, wanted an image ({', '.join(FIELDS)}) or npy")
+    listing = digest(canonical([shard["sha256"] for shard in shards]))
+    named = [str(number) for number in range(classes)] or None
+    plan = {"format": FORMAT, "kind": kind, "listing": listing, "classes": named, "samples": sum(s["count"] for s in shards)}
+    write_json(folder / "manifest.json", {**plan, "shards": shards})
+
+
+def index_one(tar: Path) -> tuple[dict, int]:
+    """Index one tar (again only if it changed); return its record and its largest class number, or -1."""
+    record_path, offsets_path = tar.with_suffix(".json"), tar.with_suffix(".npy")
+    checksum = file_digest(tar)
+    if record_path.exists() and offsets_path.exists() and (record := read_json(record_path))["sha256"] == checksum:
+        return record, record["largest_class"]
+    fields, offsets = index_tar(tar)
+    write_offsets(offsets_path, offsets)
+    largest = -1
+    if "cls" in fields:
+        data = np.memmap(tar, np.uint8, "r")
+        spans = offsets[:, fields.index("cls")]
+        largest = max(int(data[start : start + size].tobytes()) for start, size in spans if start >= 0)
+    sizes = {"count": len(offsets), "bytes": tar.stat().st_size, "sha256": checksum, "fields": fields}
+    write_json(record_path, record := {**sizes, "largest_class": largest})
+    return record, largest
