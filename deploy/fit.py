@@ -110,7 +110,7 @@ def fit(args: Sequence[str]) -> None:
     callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.newest, weights_only=True)
     if "wandb" in sys.modules:
-        sys.modules["wandb"].finish(quiet=True)  # its own process would write on for a while
+        sys.modules["wandb"].finish()  # its own process would write on for a while
     if any(isinstance(callback, Preemption) and callback.stopped for callback in callbacks):
         print(f"fit: stopped by a signal at step {cli.trainer.global_step}, saved; run the same command again", file=sys.stderr)
         raise SystemExit(EXIT)
