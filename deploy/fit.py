@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
-from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch.optim import Optimizer
 
 from data.files import atomic
@@ -42,6 +42,19 @@ def import_components() -> None:
             importlib.import_module(module.name)
     for name in MODULES:
         importlib.import_module(name)
+
+
+class KeepConfig(SaveConfigCallback):
+    """Writes RUN/config.yaml once nothing is left that could refuse the configuration."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write nothing yet."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the configuration, complete with defaults."""
+        if trainer.is_global_zero:
+            with atomic(Path(trainer.default_root_dir) / "config.yaml") as file:
+                file.write(self.parser.dump(self.config, skip_none=False).encode())
 
 
 class Fit(LightningCLI):
@@ -80,12 +93,9 @@ class Fit(LightningCLI):
             raise SystemExit(0)
         if config.trainer.logger is None:
             os.environ.setdefault("WANDB_SILENT", "true")
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
             options = {"offline": True, "project": "rectify", "name": run.name, "save_dir": str(run)}
             config.trainer.logger = Namespace(class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(**options))
-        text = self.parser.dump(config, skip_none=False)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            with atomic(run / "config.yaml") as file:
-                file.write(text.encode())
 
 
 def fit(args: Sequence[str]) -> None:
@@ -97,7 +107,7 @@ def fit(args: Sequence[str]) -> None:
     try:
         cli = Fit(
             datamodule_class=Stream,
-            save_config_callback=None,
+            save_config_callback=KeepConfig,
             trainer_defaults=DEFAULTS,
             seed_everything_default=0,
             parser_kwargs={"exit_on_error": False, "prog": "rectify fit"},

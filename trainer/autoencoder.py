@@ -58,10 +58,18 @@ class Autoencoder(LightningModule):
         self.log("loss", loss)
         return loss
 
+    def _spec(self) -> dict[str, Any]:
+        plain = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume a run with another model."""
+        if checkpoint["rectify"].get("autoencoder") != self._spec():
+            raise ValueError(f"{self.trainer.default_root_dir}: holds a run of another model; choose another --out")
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Mark the checkpoint as ours, and write the diffusers folder `codec/` that other stages read."""
-        config = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
-        checkpoint["rectify"] = {"format": teacher.FORMAT, "autoencoder": config}
+        checkpoint["rectify"] = {"format": teacher.FORMAT, "autoencoder": self._spec()}
         if self.trainer.is_global_zero:
             with atomic_folder(Path(self.trainer.default_root_dir) / "codec") as folder:
                 self.vae.save_pretrained(folder)

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from data.batch import Batch
+from data.batch import Batch, Set
 from data.files import atomic_folder
 from data.mixed import Mixed
 from data.pairs import Pairs
@@ -79,15 +79,28 @@ class Generator(LightningModule):
         """Refuse pairs of another origin, and put the codec into the run: a run folder is whole by itself."""
         source = getattr(getattr(self.trainer, "datamodule", None), "source", None)
         for part in source.sources if isinstance(source, Mixed) else [source]:
-            if isinstance(part, Pairs):
-                part.agree("interpolant", repr(self.denoiser.interpolant))
-                part.agree("prediction", repr(self.denoiser.prediction))
-                if self.teacher_hash:
-                    part.agree("teacher", self.teacher_hash)
+            if isinstance(part, Set):
+                self._agree(part)
         folder = Path(self.trainer.default_root_dir) / "codec"
         if isinstance(self.codec, KL) and self.trainer.is_global_zero and not folder.exists():
             with atomic_folder(folder) as temporary:
                 self.codec.save(temporary)
+
+    def _agree(self, source: Set) -> None:
+        """Refuse data that this model cannot have been meant for, naming both values."""
+        found, shape = source.manifest, list(self.denoiser.shape)
+        if found["kind"] != "images" and found.get("shape", shape) != shape:
+            raise ValueError(f"data.source: samples have the shape {found['shape']}, the network is built for {shape}")
+        classes = getattr(self.condition, "classes", 0)
+        if classes and len(found.get("classes") or []) > classes:
+            raise ValueError(f"data.source: has {len(found['classes'])} classes, model.condition.classes is {classes}")
+        if found["kind"] == "latents" and not isinstance(self.codec, KL):
+            raise ValueError("model.codec: the data are latents; give the codec folder beside them (LATENTS/codec)")
+        if isinstance(source, Pairs):
+            source.agree("interpolant", repr(self.denoiser.interpolant))
+            source.agree("prediction", repr(self.denoiser.prediction))
+            if self.teacher_hash:
+                source.agree("teacher", self.teacher_hash)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds the denoiser without this configuration (models.teacher.load)."""

@@ -67,6 +67,9 @@ def test_every_verb_has_help_for_a_stranger(capsys, verb):
         (("export", "--run", "nowhere", "--out", "x"), "nowhere: no such run folder"),
         (("report", "--run", "runs/demo/images"), "no evaluation.json below it"),
         ((*STUDENT, "--out", "x", "--data.source.guidance", "5"), "collected with guidance 1.0, the configuration says 5"),
+        ((*TEACHER, "--out", "x", "--model.denoiser.net.channels", "3"), "shape [4, 8, 8], the network is built for [3, 8, 8]"),
+        ((*TEACHER, "--out", "x", "--model.condition.classes", "3"), "has 10 classes, model.condition.classes is 3"),
+        ((*TEACHER, "--out", "x", "--model.codec", "null"), "model.codec: the data are latents"),
         ((*TEACHER, "--out", "x", "--trainer.max_steps", "-1"), "trainer.max_steps: -1"),
         (("run", "configs/digits/pipeline.yaml"), "was finished with other settings"),
     ],
@@ -115,3 +118,4 @@ def test_a_run_of_another_model_is_not_resumed(workspace, refused, tmp_path):
     shutil.copytree(workspace.path / "runs/demo/teacher", run)
     line = refused(*TEACHER, "--out", run, "--trainer.max_steps", "30", "--model.denoiser.net.depth", "2")
     assert "holds a run of another model" in line
+    assert (run / "config.yaml").read_bytes() == (workspace.path / "runs/demo/teacher/config.yaml").read_bytes()
