@@ -69,8 +69,8 @@ class Steps(IterableDataset):
     """
 
     def __init__(self, source: Source, batch: int, seed: int, first: int = 0, rank: int = 0, world: int = 1, parts: int = 1):
-        if batch % (world * parts):
-            raise ValueError(f"data.batch: {batch} is not a multiple of {world} processes x {parts} accumulated batches")
+        if batch < 1 or batch % (world * parts):
+            raise ValueError(f"data.batch: {batch} is not a positive multiple of {world} processes x {parts} accumulated batches")
         self.source, self.batch, self.seed, self.first = source, batch, seed, first
         self.rank, self.world, self.parts = rank, world, parts
 

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,7 @@ def sync(path: Path) -> None:
 
 def _temporary(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.parent / f".{path.name}.{os.getpid()}.tmp"
+    return path.parent / f".{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 @contextmanager
@@ -65,9 +67,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, pattern: str) -> None:
-    """Remove temporary files that killed processes left of finished work, whose final names match a pattern."""
-    for leftover in folder.glob(f".{pattern}.*.tmp"):
-        leftover.unlink(missing_ok=True)
+    """Remove what killed processes left: temporary files of finished work (a pattern of final names), or of dead processes."""
+    for leftover in {*folder.glob(f".{pattern}.*.tmp"), *filter(_abandoned, folder.glob(".*.tmp"))}:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _abandoned(temporary: Path) -> bool:
+    """Tell whether the process that made a temporary file ran on this machine and is dead."""
+    host, pid, _ = temporary.name.removesuffix(".tmp").rpartition(".")[2].rsplit("-", 2)
+    return host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
 
 
 def canonical(value: Any) -> bytes:

@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from data.batch import Batch, Set
 from data.digits import CLASSES, Item, digits
 from data.files import canonical, digest
+from data.noise import permutation
 from data.progress import Meter
 from data.shards import ShardReader, ShardWriter
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FIELDS = ("png", "jpg", "jpeg", "webp")  # of an image in a shard
+SPLIT = 0  # seed of the held-out split
 UNREADABLE = 0.01  # fraction of corrupt images above which packing is an error
 
 
@@ -66,16 +68,15 @@ def pack(
         images: folder of images, subfolders are classes; without it, scikit-learn's handwritten digits.
         size: height and width in pixels; images are scaled and centre-cropped.
         grey: one channel instead of three (the digits are grey anyway).
-        holdout: fraction of the images, evenly spaced, that training never sees.
+        holdout: fraction of the images, drawn at random once and for all, that training never sees.
         shard: images in one shard.
     """
     if not 0 <= holdout < 1:
         raise ValueError(f"holdout: {holdout} must lie in [0, 1)")
     items, classes = folder_items(images) if images else (digits(), CLASSES)
     grey = grey or images is None
-    every = round(1 / holdout) if holdout else len(items) + 1
-    splits = {"train": [i for i in range(len(items)) if i % every != every - 1]}
-    splits["heldout"] = [i for i in range(len(items)) if i % every == every - 1]
+    held = set(permutation(len(items), SPLIT)[: min(round(holdout * len(items)), len(items) - 1)].tolist())
+    splits = {"train": [i for i in range(len(items)) if i not in held], "heldout": sorted(held)}
     origin = {"source": str(images or "sklearn.datasets.load_digits"), "size": size, "grey": grey, "classes": classes}
     origin |= {"holdout": holdout, "listing": listing(images, items)}
     unreadable: list[str] = []
@@ -104,7 +105,7 @@ def pack_split(writer: ShardWriter, items: list[Item], meter: Meter, unreadable:
             meter.add(1)
             try:
                 data = png(fit(opened(), size, grey))
-            except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # what Pillow raises on broken files
+            except Exception as error:  # Pillow raises many kinds on broken files: struct.error, DecompressionBombError, ...
                 skipped.append(name)
                 unreadable.append(name)
                 if len(unreadable) > tolerated:

@@ -29,6 +29,9 @@ class Latents(Set):
         self.reader = ShardReader(path, "latents")
         self.manifest = self.reader.manifest
 
+    def __repr__(self) -> str:
+        return self.path
+
     def read(self, indices: np.ndarray) -> Batch:
         samples = [self.reader[int(i)] for i in indices]
         latents = np.stack([decode_array(sample["npy"]) for sample in samples]).astype(np.float32)

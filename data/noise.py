@@ -8,6 +8,7 @@ from torch import Tensor
 
 GENERATOR = "numpy Philox4x64, key (seed, index), float64 ziggurat rounded to float32"
 TRAINING = 2**64 - 1  # the key's second word for draws that are not a pair's noise, whose index stays below it
+ORDER = 2**64 - 2  # likewise, for permutations
 
 
 def noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:
@@ -24,12 +25,12 @@ def noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.random.Generator(philox).standard_normal(tuple(shape)).astype(np.float32))
 
 
-def generator(seed: int, *counter: int) -> np.random.Generator:
+def generator(seed: int, *counter: int, stream: int = TRAINING) -> np.random.Generator:
     """Return a generator for up to three integers (say step, chunk, purpose), apart from every pair's noise."""
     words = np.array([0, *counter, 0, 0, 0][:4], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=np.array([seed, TRAINING], dtype=np.uint64), counter=words))
+    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=words))
 
 
 def permutation(n: int, seed: int, *counter: int) -> np.ndarray:
     """Return a permutation of range(n), from raw Philox words alone, so that no library version can change it."""
-    return np.argsort(generator(seed, *counter).bit_generator.random_raw(n), kind="stable")
+    return np.argsort(generator(seed, *counter, stream=ORDER).bit_generator.random_raw(n), kind="stable")

@@ -55,6 +55,11 @@ class PairWriter:
 
     def write(self, number: int, samples: Tensor, conditions: Tensor | None) -> None:
         """Write a shard of samples (n, C, H, W), drawn from `noise(number)`, with their conditions (n,)."""
+        if not samples.half().isfinite().all():
+            raise ValueError(
+                f"{self.shards.folder}: samples of shard {number} are not finite in float16; does the teacher's "
+                "prediction solve at t = 1 (Noise and Score do not where alpha = 0)?"
+            )
         classes = [None] * len(samples) if conditions is None else conditions.tolist()
         keys = [f"{i:09d}" for i in self.shards.indices(number)]
         rows = [latent_sample(key, x, klass) for key, x, klass in zip(keys, samples, classes, strict=True)]
@@ -75,7 +80,8 @@ class PairSet:
         self.reader = ShardReader(folder, "pairs")
         self.manifest = self.reader.manifest
         self.seed, self.shape = self.manifest["noise"]["seed"], tuple(self.manifest["shape"])
-        for index, bits in self.manifest["noise"]["checksums"].items():
+        checked = {} if self.manifest["store_noise"] else self.manifest["noise"]["checksums"]
+        for index, bits in checked.items():
             if digest(noise(self.seed, int(index), self.shape).numpy().tobytes()) != bits:
                 raise ValueError(f"{folder}: noise {index} has other bits here than where the pairs were collected")
 
@@ -87,7 +93,9 @@ class PairSet:
         index = int(row["__key__"])
         sample = torch.from_numpy(decode_array(row["npy"]).astype(np.float32))
         condition = label(row) if "cls" in row else None
-        return {"noise": noise(self.seed, index, self.shape), "sample": sample, "condition": condition, "index": index}
+        eps = torch.from_numpy(decode_array(row["noise.npy"]).copy()) if "noise.npy" in row else None
+        eps = noise(self.seed, index, self.shape) if eps is None else eps
+        return {"noise": eps, "sample": sample, "condition": condition, "index": index}
 
 
 class Pairs(Set):

@@ -28,6 +28,16 @@ class Stream(LightningDataModule):
         super().__init__()
         self.source, self.batch, self.seed, self.workers = source, batch, seed, workers
 
+    def state_dict(self) -> dict[str, int]:
+        """Return what the sequence of samples and draws depends on, beside the step."""
+        return {"seed": self.seed, "batch": self.batch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Refuse to resume with another sequence."""
+        for key, here in self.state_dict().items():
+            if state_dict[key] != here:
+                raise ValueError(f"data.{key}: the run was begun with {state_dict[key]}, the configuration says {here}")
+
     def train_dataloader(self) -> DataLoader:
         """Return the stream from the trainer's global step on."""
         run = self.trainer

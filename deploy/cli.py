@@ -62,6 +62,7 @@ def call(verb: str, args: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Bad input is one line and exit code 2; RECTIFY_TRACEBACK=1 shows where it arose."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch: idle OpenMP threads must not starve other ranks
     words = list(sys.argv[1:] if argv is None else argv)
     if not words:
         parser().print_help()

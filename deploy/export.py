@@ -119,8 +119,10 @@ def export(run: Path, out: Path, steps: int = 4) -> None:
         )
     if not (isinstance(codec, KL) and isinstance(denoiser.net, DiT)):
         raise ValueError(f"{run}: export knows a DiT in the latents of an AutoencoderKL")
-    weights = teachers.fingerprint(denoiser)
-    if (out / "export.json").exists() and read_json(out / "export.json")["denoiser"] == weights:
+    weights, before = teachers.fingerprint(denoiser), out / "export.json"
+    if out.exists() and not before.exists() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists and is no export of ours; choose another --out")
+    if before.exists() and (record := read_json(before))["denoiser"] == weights and record["steps"] == steps:
         log.info("%s is finished", out)
         return
     vae = AutoencoderKL.from_config(codec.vae.config)
@@ -134,12 +136,12 @@ def export(run: Path, out: Path, steps: int = 4) -> None:
             raise ValueError(
                 f"{run}: the exported folder's images differ from ours by {worst:.2g}, over {TOLERANCE}; not written"
             )
-        (folder / "README.md").write_text(card(run, steps, denoiser, worst))
+        (folder / "README.md").write_text(card(run, steps, denoiser, worst, max(gap["native_grid"] for gap in gaps.values())))
         record = {"format": 1, "denoiser": weights, "max_abs_diff": worst, "gaps": gaps, "steps": steps}
         (folder / "export.json").write_bytes(canonical(record))
 
 
-def card(run: Path, steps: int, denoiser: Denoiser, worst: float) -> str:
+def card(run: Path, steps: int, denoiser: Denoiser, worst: float, native: float) -> str:
     """Return the model card."""
     return f"""---
 library_name: diffusers
@@ -156,5 +158,6 @@ Recommended: num_inference_steps={steps} and guidance_scale=1 (the pipeline's de
     images = pipe(class_labels=[0, 1, 2], guidance_scale=1.0, num_inference_steps={steps}).images
 
 Class {NULL} (and any class it was not trained on) means "not told". The scheduler walks from sigma .999 to 0 by DDIM;
-its images equal those of rectify's sampler on the same grid to {worst:.1g}.
+its images equal those of rectify's sampler on the same grid to {worst:.1g} (on rectify's own uniform grid, from t = 1, they
+differ by up to {native:.1g}).
 """

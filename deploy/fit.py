@@ -13,11 +13,12 @@ from typing import Any
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from data.files import atomic
 from data.stream import Stream
-from deploy.hints import explain
+from deploy.hints import explain, one_line
 from models import teacher
 from trainer.callbacks.checkpoint import Checkpoints, WholeFiles
 from trainer.callbacks.metrics import Metrics
@@ -88,7 +89,7 @@ class Fit(LightningCLI):
                 f"trainer.max_steps: {config.trainer.max_steps}; say how many steps to train (the stream is endless)"
             )
         self.newest = teacher.newest(run) if any((run / "checkpoints").glob("step=*.ckpt")) else None
-        if self.newest and int(self.newest.stem.removeprefix("step=")) >= config.trainer.max_steps:
+        if self.newest and teacher.read(self.newest) and int(self.newest.stem.removeprefix("step=")) >= config.trainer.max_steps:
             print(f"fit: {run} is finished ({self.newest.name})", file=sys.stderr)
             raise SystemExit(0)
         if config.trainer.logger is None:
@@ -114,11 +115,15 @@ def fit(args: Sequence[str]) -> None:
             run=False,
             args=list(args),
         )
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:  # a constructor's own ValueError comes wrapped in its key's types
         raise ValueError(f"fit: {explain(error, Fit.names)}") from None
+    except MisconfigurationException as error:
+        raise ValueError(f"fit: trainer: {one_line(error)}") from None
     cli.trainer.strategy.checkpoint_io = WholeFiles()
     callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.newest, weights_only=True)
+    if cli.trainer.interrupted:
+        raise KeyboardInterrupt
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()  # its own process would write on for a while
     if any(isinstance(callback, Preemption) and callback.stopped for callback in callbacks):

@@ -53,4 +53,8 @@ def explain(error: BaseException, options: Iterable[str]) -> str:
         return f"no option `{word}`{nearest(word, options) or nearest(top, tops)}"
     if found := re.search(r"Expected a dot import path string: ([\w.]+)", text):
         return f"{where}no class `{found[1]}`{nearest(found[1], classes())}"
+    if raised := re.search(r"Errors: - (?!Does not validate|Problem with|Expected|Parser key)(.*?) - Expected a", text):
+        return f"{where}{raised[1]}"
+    if causes := re.findall(r"class_path '([\w.]+)': (?!Parser key|Option)(.*?)(?: - Expected a| Given value|$)", text):
+        return f"{where}{causes[-1][0].rpartition('.')[2]}: {causes[-1][1]}"
     return text.partition(" Given value type: <class 'dict'>")[0]

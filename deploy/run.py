@@ -14,13 +14,12 @@ from typing import Any
 import yaml
 
 from data.files import canonical, digest, read_json, write_json
+from deploy.cli import VERBS
 
 
 def command(stage: dict[str, Any], out: Path, quick: bool) -> list[str]:
     """Return a stage's words: its verb, and an option for every entry, with {out} filled in."""
-    (verb, options), *rest = [item for item in stage.items() if item[0] not in ("name", "quick")]
-    if rest:
-        raise ValueError(f"stage {stage['name']}: has several verbs ({verb}, {rest[0][0]}); write two stages")
+    verb, options = next(item for item in stage.items() if item[0] not in ("name", "quick"))
     words = [verb]
     for key, value in {**options, **(stage.get("quick") or {} if quick else {})}.items():
         words += [f"--{key}", str(value).replace("{out}", str(out))]
@@ -35,9 +34,16 @@ def fingerprint(words: list[str], before: str) -> str:
 
 def load(config: Path) -> dict[str, Any]:
     """Read and check a pipeline."""
-    pipeline = yaml.safe_load(config.read_text())
-    if not isinstance(pipeline, dict) or not {"out", "stages"} <= pipeline.keys():
-        raise ValueError(f"{config}: a pipeline needs `out` and `stages`")
+    try:
+        pipeline = yaml.safe_load(config.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config}: not valid YAML ({error})") from None
+    if not isinstance(pipeline, dict) or not {"out", "stages"} <= pipeline.keys() or not isinstance(pipeline["stages"], list):
+        raise ValueError(f"{config}: a pipeline needs `out` and a list of `stages`")
+    for stage in pipeline["stages"]:
+        verbs = [key for key in stage if key not in ("name", "quick")] if isinstance(stage, dict) else []
+        if len(verbs) != 1 or verbs[0] not in VERBS or not isinstance(stage[verbs[0]], dict):
+            raise ValueError(f"{config}: stage {stage!r} needs a `name` and one verb of {', '.join(VERBS)} with its options")
     names = [stage.get("name") for stage in pipeline["stages"]]
     if None in names or len(set(names)) < len(names):
         raise ValueError(f"{config}: every stage needs a `name` of its own, got {names}")
@@ -99,7 +105,7 @@ def walk(stages: list[dict[str, Any]], out: Path, quick: bool) -> None:
             continue
         print(f"{title}: rectify {' '.join(words)}", file=sys.stderr, flush=True)
         began = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "deploy", *words], preexec_fn=die_with_parent).returncode
+        code = subprocess.run([sys.executable, "-P", "-m", "deploy", *words], preexec_fn=die_with_parent).returncode
         if code:
             raise SystemExit(code if code > 0 else 128 - code)
         write_json(record, {"fingerprint": stamp, "words": words, "seconds": round(time.monotonic() - began, 1)})

@@ -1,5 +1,6 @@
 """Codecs: image <-> latent. Images are float32 in [-1, 1], shape (B, C, H, W)."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -55,6 +56,13 @@ class KL(Codec):
 
     def decode(self, x: Tensor) -> Tensor:
         return self.vae.decode(x / self.scale).sample
+
+    def weights(self) -> str:
+        """Return the sha256 of the weights' bits, whatever file they came from."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the diffusers folder, weights as safetensors."""

@@ -55,10 +55,10 @@ def read(path: str | Path) -> dict:
     except Exception as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: not a readable checkpoint ({why})") from error
-    if not isinstance(checkpoint, dict) or "rectify" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("rectify"), dict):
         raise ValueError(f"{path}: not a checkpoint of ours (it has no `rectify` entry); give a run folder made by `rectify fit`")
-    if checkpoint["rectify"]["format"] != FORMAT:
-        raise ValueError(f"{path}: checkpoint format {checkpoint['rectify']['format']}, this version reads {FORMAT}")
+    if (found := checkpoint["rectify"].get("format")) != FORMAT:
+        raise ValueError(f"{path}: checkpoint format {found}, this version reads {FORMAT}")
     return checkpoint
 
 
@@ -87,10 +87,13 @@ def load(path: str | Path) -> tuple[Denoiser, Codec, Condition]:
     spec = checkpoint["rectify"]
     if "denoiser" not in spec:
         raise ValueError(f"{file}: holds no denoiser (is it an autoencoder's run?)")
-    denoiser = build(spec["denoiser"])
-    denoiser.load_state_dict(checkpoint.get("ema") or weights(checkpoint))
-    codec = codecs.load(file.parent.parent / spec["codec"] if spec["codec"] else None)
-    return denoiser.eval().requires_grad_(False), codec, build(spec["condition"])
+    try:
+        denoiser, condition = build(spec["denoiser"]), build(spec["condition"])
+        denoiser.load_state_dict(checkpoint.get("ema") or weights(checkpoint))
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{file}: its description and weights do not make a denoiser here ({error})") from error
+    codec = codecs.load(file.resolve().parent.parent / spec["codec"] if spec["codec"] else None)
+    return denoiser.eval().requires_grad_(False), codec, condition
 
 
 def weights(checkpoint: dict) -> dict[str, Tensor]:

@@ -70,6 +70,8 @@ def collect(
         batch: samples drawn at once.
         store_noise: keep each noise beside its sample too.
     """
+    if batch < 1:
+        raise ValueError(f"batch: {batch}, it must be at least 1")
     state = job.start()
     denoiser, _, condition = teachers.load(teacher)
     walk, guided = getattr(samplers, sampler)(steps), Guided(denoiser, guidance).to(state.device)

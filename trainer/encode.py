@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.files import atomic_folder, canonical, digest, file_digest
+from data.files import atomic_folder, canonical, digest
 from data.images import Images
 from data.latents import latent_sample
 from data.progress import Meter
@@ -44,9 +44,8 @@ def encode(images: Path, codec: Path, out: Path, shard: int = 1024) -> None:
     state = job.start()
     source, kl = Images(str(images)), codecs.load(codec)
     assert isinstance(kl, KL)
-    weights = file_digest(next(Path(kl.path).glob("*.safetensors")))
     origin = digest(canonical([shard["sha256"] for shard in source.manifest["shards"]]))
-    plan = {"images": origin, "codec": weights, "classes": source.manifest["classes"]}
+    plan = {"images": origin, "codec": kl.weights(), "classes": source.manifest["classes"]}
     writer = ShardWriter(out, "latents", plan, len(source), shard)
     if (out / "manifest.json").exists() and not writer.missing():
         log.info("%s is finished", out)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -53,6 +54,7 @@ class Generator(LightningModule):
         self.denoiser, self.objective = denoiser, objective or Matching()
         self.condition, self.initial = condition or Unconditional(), initial
         self._codec = [codecs.load(codec)]  # in a list: frozen, so neither trained nor in checkpoints
+        teacher.describe(denoiser)  # refuses, before any hours are spent, what could not be saved
         self.teacher_hash: str | None = None
         if initial:
             source = teacher.load(initial)[0]
@@ -81,21 +83,26 @@ class Generator(LightningModule):
         for part in source.sources if isinstance(source, Mixed) else [source]:
             if isinstance(part, Set):
                 self._agree(part)
-        folder = Path(self.trainer.default_root_dir) / "codec"
-        if isinstance(self.codec, KL) and self.trainer.is_global_zero and not folder.exists():
-            with atomic_folder(folder) as temporary:
-                self.codec.save(temporary)
+        if isinstance(self.codec, KL) and self.trainer.is_global_zero:
+            with atomic_folder(Path(self.trainer.default_root_dir) / "codec") as folder:
+                self.codec.save(folder)
 
     def _agree(self, source: Set) -> None:
         """Refuse data that this model cannot have been meant for, naming both values."""
-        found, shape = source.manifest, list(self.denoiser.shape)
-        if found["kind"] != "images" and found.get("shape", shape) != shape:
-            raise ValueError(f"data.source: samples have the shape {found['shape']}, the network is built for {shape}")
-        classes = getattr(self.condition, "classes", 0)
-        if classes and len(found.get("classes") or []) > classes:
-            raise ValueError(f"data.source: has {len(found['classes'])} classes, model.condition.classes is {classes}")
+        found, one = source.manifest, source.read(np.array([0]))
+        told, classes = getattr(self.denoiser.net, "classes", None), getattr(self.condition, "classes", 0)
+        if told is not None and told != classes:
+            raise ValueError(f"model.denoiser.net.classes is {told}, model.condition has {classes}: make them equal")
         if found["kind"] == "latents" and not isinstance(self.codec, KL):
             raise ValueError("model.codec: the data are latents; give the codec folder beside them (LATENTS/codec)")
+        if found["kind"] == "latents" and isinstance(self.codec, KL) and found["codec"] != self.codec.weights():
+            raise ValueError(f"model.codec: {self.codec.path} is not the codec that {source} was encoded with")
+        x = one.x if one.latent else self._codec[0].encode(one.x)
+        if x.shape[1:] != self.denoiser.shape:
+            sizes = f"{tuple(x.shape[1:])}, model.denoiser.net is built for {self.denoiser.shape}"
+            raise ValueError(f"data.source: a sample has the shape (channels, size, size) = {sizes}")
+        if classes and len(found.get("classes") or []) > classes:
+            raise ValueError(f"data.source: has {len(found['classes'])} classes, model.condition.classes is {classes}")
         if isinstance(source, Pairs):
             source.agree("interpolant", repr(self.denoiser.interpolant))
             source.agree("prediction", repr(self.denoiser.prediction))
@@ -110,6 +117,7 @@ class Generator(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume a run with another model."""
-        there, here = checkpoint["rectify"].get("denoiser"), teacher.describe(self.denoiser)
+        here: Any = teacher.describe(self.denoiser)
+        there = checkpoint["rectify"].get("denoiser")
         if there != here:
             raise ValueError(f"{self.trainer.default_root_dir}: holds a run of another model ({there}); this one is {here}")

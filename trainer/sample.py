@@ -24,7 +24,7 @@ def sample(
         guidance: scale w of u + w (c - u).
         seed: of the noises.
     """
-    if count < 1 or count % columns:
+    if columns < 1 or count < 1 or count % columns:
         raise ValueError(f"count: {count} is not a positive multiple of columns ({columns})")
     images, _ = Drawing(run, guidance, seed, job.start()).images(range(count), steps)
     with replacing(out) as temporary:

@@ -29,10 +29,12 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]
             else f"{folder}: no manifest.json there, so no set of shards; make one with `rectify pack`, `encode` or `collect`"
         )
     manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {manifest.get('format')}, this version reads {FORMAT}")
-    if kind and manifest["kind"] != kind:
-        raise ValueError(f"{folder}: holds {manifest['kind']}, wanted {kind}")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a manifest of format {FORMAT}, which this version reads")
+    if kind and manifest.get("kind") != kind:
+        raise ValueError(f"{folder}: holds {manifest.get('kind')}, wanted {kind}")
+    if not {"kind", "samples", "shards"} <= manifest.keys() or manifest["samples"] != sum(s["count"] for s in manifest["shards"]):
+        raise ValueError(f"{path}: its entries do not add up; run the command that makes the set again")
     if not manifest["samples"]:
         raise ValueError(f"{folder}: an empty set")
     for shard in manifest["shards"]:
@@ -101,7 +103,10 @@ class ShardReader:
         tar = self.folder / shard["name"]
         if file_digest(tar) != shard["sha256"]:
             raise ValueError(f"{tar}: its sha256 is not the manifest's; restore it or make the set again")
-        offsets = np.load(tar.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+        try:
+            offsets = np.load(tar.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+        except (EOFError, ValueError) as error:
+            raise ValueError(f"{tar.with_suffix('.npy')}: no readable offsets ({error}); make the set again") from None
         if offsets.shape != (shard["count"], len(shard["fields"]), 2):
             raise ValueError(f"{tar.with_suffix('.npy')}: offsets of shape {offsets.shape} do not fit the manifest")
         self._maps[number] = np.memmap(tar, np.uint8, "r"), offsets

@@ -23,11 +23,13 @@ def photos(folder, count=120, classes=("cat", "dog"), mode="RGB", size=(50, 40))
 def test_digits_are_split_and_read_back(tmp_path):
     pack(tmp_path)
     train, heldout = Images(str(tmp_path / "train")), Images(str(tmp_path / "heldout"))
-    assert (len(train), len(heldout)) == (1618, 179)
+    assert (len(train), len(heldout)) == (1617, 180)
     batch = train.read(np.arange(64))
     assert batch.x.shape == (64, 1, 32, 32) and batch.x.min() >= -1 and batch.x.max() <= 1 and not batch.latent
-    assert set(batch.condition.tolist()) <= set(range(10)) and batch.condition.tolist()[:3] == [0, 1, 2]
+    assert set(batch.condition.tolist()) <= set(range(10))
     assert len(digits()) == len(train) + len(heldout)
+    counts = np.bincount(heldout.read(np.arange(180)).condition)
+    assert counts.min() >= 8 and counts.max() <= 30  # no class is held out more than chance would have it
 
 
 def test_a_folder_of_colours_with_classes(tmp_path):
@@ -35,7 +37,7 @@ def test_a_folder_of_colours_with_classes(tmp_path):
     train = Images(str(tmp_path / "set" / "train"))
     assert train.manifest["classes"] == ["cat", "dog"] and len(train) == 108
     assert train.read(np.array([0, 107])).x.shape == (2, 3, 16, 16)
-    assert train.read(np.array([0, 107])).condition.tolist() == [0, 1]
+    assert sorted(set(train.read(np.arange(108)).condition.tolist())) == [0, 1]
 
 
 def test_a_flat_folder_has_no_classes_and_grey_is_one_channel(tmp_path):

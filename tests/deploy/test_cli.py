@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from deploy.cli import VERBS, main
+from models.codec import KL
 
 STUDENT = ("fit", "--config", "configs/digits/student.yaml")
 TEACHER = ("fit", "--config", "configs/digits/teacher.yaml")
@@ -67,8 +68,11 @@ def test_every_verb_has_help_for_a_stranger(capsys, verb):
         (("export", "--run", "nowhere", "--out", "x"), "nowhere: no such run folder"),
         (("report", "--run", "runs/demo/images"), "no evaluation.json below it"),
         ((*STUDENT, "--out", "x", "--data.source.guidance", "5"), "collected with guidance 1.0, the configuration says 5"),
-        ((*TEACHER, "--out", "x", "--model.denoiser.net.channels", "3"), "shape [4, 8, 8], the network is built for [3, 8, 8]"),
-        ((*TEACHER, "--out", "x", "--model.condition.classes", "3"), "has 10 classes, model.condition.classes is 3"),
+        ((*TEACHER, "--out", "x", "--model.denoiser.net.channels", "3"), "(4, 8, 8), model.denoiser.net is built for (3, 8, 8)"),
+        ((*TEACHER, "--out", "x", "--model.condition.classes", "3"), "model.denoiser.net.classes is 10, model.condition has 3"),
+        ((*TEACHER, "--out", "x", "--model.denoiser.net.heads", "5"), "fit: Attention: width 64 is not a multiple of heads 5"),
+        ((*TEACHER, "--out", "x", "--model.condition.dropout", "2"), "fit: ClassLabel: dropout is 2.0, it must lie in [0, 1]"),
+        ((*TEACHER, "--out", "x", "--model.codec", "nowhere"), "fit: nowhere: no such codec folder"),
         ((*TEACHER, "--out", "x", "--model.codec", "null"), "model.codec: the data are latents"),
         ((*TEACHER, "--out", "x", "--trainer.max_steps", "-1"), "trainer.max_steps: -1"),
         (("run", "configs/digits/pipeline.yaml"), "was finished with other settings"),
@@ -119,3 +123,45 @@ def test_a_run_of_another_model_is_not_resumed(workspace, refused, tmp_path):
     line = refused(*TEACHER, "--out", run, "--trainer.max_steps", "30", "--model.denoiser.net.depth", "2")
     assert "holds a run of another model" in line
     assert (run / "config.yaml").read_bytes() == (workspace.path / "runs/demo/teacher/config.yaml").read_bytes()
+
+
+def test_a_teacher_that_cannot_start_from_noise_writes_no_pairs(workspace, refused, tmp_path):
+    """Noise on Linear is singular at t = 1: no NaN is ever written under a final name."""
+    run = tmp_path / "run"
+    words = ("--model.denoiser.prediction", "Noise", "--trainer.max_steps", "1", "--out", run)
+    workspace.rectify(*TEACHER, *words)
+    assert "not finite" in refused("collect", "--teacher", run, "--out", tmp_path / "pairs", "--pairs", "64", "--steps", "2")
+    assert not list((tmp_path / "pairs").glob("*.tar"))
+    assert "not finite" in refused("sample", "--run", run, "--out", tmp_path / "x.png")
+
+
+def test_an_export_never_replaces_a_folder_that_is_none(refused, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert "is no export of ours" in refused("export", "--run", "runs/demo/student", "--out", tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    "text", ["stages: [a: {b", "{out: x, stages: [pack]}", "{out: x, stages: 3}", "{out: x, stages: [{name: a}]}"]
+)
+def test_a_pipeline_that_is_none_is_named(refused, tmp_path, text):
+    (tmp_path / "pipeline.yaml").write_text(text)
+    assert "pipeline.yaml: " in refused("run", tmp_path / "pipeline.yaml")
+
+
+def test_another_seed_or_batch_is_not_resumed(workspace, refused, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(workspace.path / "runs/demo/teacher", run)
+    more = ("--out", run, "--trainer.max_steps", "30")
+    assert "data.batch: the run was begun with 256, the configuration says 64" in refused(*TEACHER, *more, "--data.batch", "64")
+    assert "data.seed: the run was begun with 0" in refused(*TEACHER, *more, "--seed_everything", "9")
+
+
+def test_latents_of_another_codec_are_refused(workspace, refused, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(workspace.path / "runs/demo/autoencoder/codec", other)
+    codec = KL(str(other))
+    codec.vae.decoder.conv_out.bias.data += 1
+    codec.save(other)
+    line = refused(*TEACHER, "--out", tmp_path / "x", "--model.codec", other, "--trainer.max_steps", "1")
+    assert "is not the codec that runs/demo/latents was encoded with" in line

@@ -90,7 +90,7 @@ def test_two_ranks_draw_different_noise(workspace, tmp_path):
 
 def test_a_batch_that_does_not_divide_is_refused(workspace, tmp_path):
     failed = workspace.rectify(*fit(tmp_path / "run", 6, "--data.batch", "63", "--trainer.accumulate_grad_batches", "2"), code=2)
-    assert "data.batch: 63 is not a multiple of 1 processes x 2" in failed.stderr
+    assert "data.batch: 63 is not a positive multiple of 1 processes x 2" in failed.stderr
 
 
 def test_mixed_precision_keeps_float32_weights(workspace, tmp_path):

@@ -65,7 +65,8 @@ class EMA(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the averages up where they were."""
-        missing = self.powers.keys() - checkpoint["ema_profiles"].keys()
-        if missing:
+        if "ema" not in checkpoint:
+            raise ValueError(f"{trainer.default_root_dir}: was trained without EMA; it cannot be added half-way")
+        if missing := self.powers.keys() - checkpoint["ema_profiles"].keys():
             raise ValueError(f"{trainer.default_root_dir}: EMA widths {sorted(missing)} were not averaged from the start")
         self.averages = {"": checkpoint["ema"], **checkpoint["ema_profiles"]}

@@ -41,7 +41,7 @@ class Drawing:
         denoiser, codec, self.condition = teachers.load(run)
         self.denoiser, self.codec = Guided(denoiser, guidance).to(state.device), codec.to(state.device)
         self.fingerprint, self.shape = teachers.fingerprint(denoiser), denoiser.shape
-        self.seed, self.state = seed, state
+        self.run, self.seed, self.state = run, seed, state
 
     def start(self, indices: range) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return (noises, raw conditions, conditions as the network reads them) of indices."""
@@ -53,7 +53,12 @@ class Drawing:
     def images(self, indices: range, steps: int) -> tuple[Tensor, Tensor | None]:
         """Return images in [-1, 1], on the CPU, and the classes asked."""
         eps, raw, told = self.start(indices)
-        return self.codec.decode(DDIM(steps)(self.denoiser, eps, told)).clamp(-1, 1).cpu(), raw
+        x = DDIM(steps)(self.denoiser, eps, told)
+        if not x.isfinite().all():
+            raise ValueError(
+                f"{self.run}: samples are not finite; does its prediction solve at t = 1 (Noise and Score do not on Linear)?"
+            )
+        return self.codec.decode(x).clamp(-1, 1).cpu(), raw
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
@@ -123,6 +128,8 @@ def evaluate(
         guidance: scale w of u + w (c - u).
         seed: of the noises; keep it apart from those of collected pairs.
     """
+    if not steps or min(steps) < 1 or samples < 100:
+        raise ValueError(f"steps {steps} must all be at least 1, and samples ({samples}) at least 100")
     began, state = time.monotonic(), job.start()
     drawing = Drawing(run, guidance, seed, state)
     sets = [Images(str(images / split)) for split in ("train", "heldout")]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -57,10 +57,13 @@ def trained(folder: Path, train: Images, heldout: Images) -> tuple[Classifier, f
     torch.random.set_rng_state(torch_state)
     origin = train.manifest["listing"]
     if path.exists():
-        with safe_open(path, "pt") as file:
-            if file.metadata()["listing"] == origin:
-                classifier.load_state_dict({name: file.get_tensor(name) for name in classifier.state_dict()})
-                return classifier.eval(), float(file.metadata()["accuracy"])
+        try:
+            with safe_open(path, "pt") as file:
+                if file.metadata()["listing"] == origin:
+                    classifier.load_state_dict({name: file.get_tensor(name) for name in classifier.state_dict()})
+                    return classifier.eval(), float(file.metadata()["accuracy"])
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a readable classifier ({error}); delete it, it will be trained again") from None
     _fit(classifier, train)
     score = accuracy(classifier, heldout)
     with replacing(path) as temporary:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from models.prediction import Prediction
+from models.interpolant import Interpolant
+from models.prediction import Prediction, Velocity
 from models.sampler import DenoiserLike
 from trainer.draws import Draws
 from trainer.objectives import Objective
@@ -17,7 +18,7 @@ class Matching(Objective):
 
     Args:
         times: law of t.
-        measure: row in which the error is measured; by default what the network predicts.
+        measure: row in which the error is measured; by default what the network predicts (Velocity for an analytic denoiser).
     """
 
     def __init__(self, times: Times | None = None, measure: Prediction | None = None):
@@ -27,6 +28,7 @@ class Matching(Objective):
         self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, cond: Tensor | None = None, draws: Draws | None = None
     ) -> Tensor:
         t = self.times(draws.stratified("time") if draws else torch.rand(len(x), device=x.device))
-        interpolant, y = denoiser.interpolant, self.measure or denoiser.prediction  # type: ignore[attr-defined]
+        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+        y = self.measure or getattr(denoiser, "prediction", None) or Velocity()
         x_hat, eps_hat = denoiser(interpolant.mix(x, eps, t), t, cond)
         return y.target(interpolant, x_hat - x, eps_hat - eps, t).square().mean()

@@ -36,16 +36,23 @@ def models(summary: dict[str, Any]) -> list[tuple[str, list[tuple[int, dict[str,
 
 def targets(teacher: dict[str, Any], student: dict[str, Any]) -> dict[str, Any]:
     """Return what rectification is to show: one step of the student against the teacher's fewest and most."""
-    few, many = teacher[min(teacher, key=int)], teacher[max(teacher, key=int)]
-    one = student[min(student, key=int)]
-    gap = (one["fd"] - many["fd"]) / (few["fd"] - many["fd"])
-    ratio, accuracy, recall = one["fd"] / many["fd"], one["accuracy"] - many["accuracy"], one["recall"] / many["recall"]
-    return {
-        "gap_left": {"value": gap, "at_most": 0.05, "met": gap <= 0.05},
-        "fd_ratio": {"value": ratio, "at_most": 2.0, "met": ratio <= 2.0},
-        "accuracy_gain": {"value": accuracy, "at_least": -0.01, "met": accuracy >= -0.01},
-        "recall_ratio": {"value": recall, "at_least": 0.9, "met": recall >= 0.9},
-    }
+    few, many, one = teacher.get("1"), teacher[max(teacher, key=int)], student.get("1")
+    if not (few and one) or few == many:
+        return {}
+    found: dict[str, Any] = {}
+
+    def bound(name: str, value: float, least: float | None = None, most: float | None = None) -> None:
+        met = value >= least if least is not None else most is not None and value <= most
+        found[name] = {"value": value, "met": met, **({"at_least": least} if least is not None else {"at_most": most})}
+
+    if few["fd"] > many["fd"] > 0:
+        bound("gap_left", (one["fd"] - many["fd"]) / (few["fd"] - many["fd"]), most=0.05)
+        bound("fd_ratio", one["fd"] / many["fd"], most=2.0)
+    if "accuracy" in one:
+        bound("accuracy_gain", one["accuracy"] - many["accuracy"], least=-0.01)
+    if many["recall"] > 0:
+        bound("recall_ratio", one["recall"] / many["recall"], least=0.9)
+    return found
 
 
 def table(summary: dict[str, Any]) -> str:
