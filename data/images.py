@@ -154,13 +154,13 @@ class Images(Set):
 
     def read(self, indices: np.ndarray) -> Batch:
         stacked = torch.from_numpy(np.stack([self.pixels(int(i)) for i in indices]))
-        labels = [label(self.reader[int(i)]) for i in indices] if self.manifest["classes"] else None
-        return Batch(stacked.float() / 127.5 - 1, latent=False, condition=torch.tensor(labels) if labels else None)
+        return Batch(stacked.float() / 127.5 - 1, latent=False, condition=labels(self.reader, indices))
 
 
-def label(sample: dict[str, Any]) -> int:
-    """Return the class of a sample read from a shard."""
-    return int(sample["cls"].tobytes())
+def labels(reader: ShardReader, indices: np.ndarray) -> Tensor | None:
+    """Return the classes of samples, (B,), or None in a set without classes."""
+    told = "cls" in reader.manifest["shards"][0]["fields"]
+    return torch.from_numpy(reader.numbers("cls", indices)) if told else None
 
 
 def read_all(source: Set, count: int, batch: int = 512) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import canonical, digest, file_digest, read_json, write_json
+from data.files import canonical, checksum, digest, read_json, write_json
 from data.images import FIELDS
 from data.progress import Meter
-from data.shards.write import FORMAT, index_tar, write_offsets
+from data.shards.write import FORMAT, described, index_tar, write_offsets
 
 
 def index(folder: Path) -> None:
@@ -43,8 +43,7 @@ def index(folder: Path) -> None:
 def index_one(tar: Path) -> tuple[dict, int]:
     """Index one tar (again only if it changed); return its record and its largest class number, or -1."""
     record_path, offsets_path = tar.with_suffix(".json"), tar.with_suffix(".npy")
-    checksum = file_digest(tar)
-    if record_path.exists() and offsets_path.exists() and (record := read_json(record_path))["sha256"] == checksum:
+    if record_path.exists() and offsets_path.exists() and (record := read_json(record_path))["xxh3"] == checksum(tar):
         return record, record["largest_class"]
     fields, offsets = index_tar(tar)
     write_offsets(offsets_path, offsets)
@@ -52,7 +51,6 @@ def index_one(tar: Path) -> tuple[dict, int]:
     if "cls" in fields:
         data = np.memmap(tar, np.uint8, "r")
         spans = offsets[:, fields.index("cls")]
-        largest = max(int(data[start : start + size].tobytes()) for start, size in spans if start >= 0)
-    sizes = {"count": len(offsets), "bytes": tar.stat().st_size, "sha256": checksum, "fields": fields}
-    write_json(record_path, record := {**sizes, "largest_class": largest})
+        largest = max(int(data[start : start + size].tobytes()) for start, size, _ in spans if start >= 0)
+    write_json(record_path, record := {**described(tar, fields, offsets), "largest_class": largest})
     return record, largest

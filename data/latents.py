@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch, Set
-from data.images import label
-from data.shards import ShardReader, decode_array, encode_array
+from data.images import labels
+from data.shards import ShardReader, encode_array
 
 
 def latent_sample(key: str, latent: Tensor, klass: int | None) -> dict[str, Any]:
@@ -33,7 +33,5 @@ class Latents(Set):
         return self.path
 
     def read(self, indices: np.ndarray) -> Batch:
-        samples = [self.reader[int(i)] for i in indices]
-        latents = np.stack([decode_array(sample["npy"]) for sample in samples]).astype(np.float32)
-        labels = torch.tensor([label(sample) for sample in samples]) if "cls" in samples[0] else None
-        return Batch(torch.from_numpy(latents), latent=True, condition=labels)
+        latents = torch.from_numpy(self.reader.arrays("npy", indices)).float()
+        return Batch(latents, latent=True, condition=labels(self.reader, indices))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.batch import Batch, Set
 from data.files import digest
-from data.images import label
+from data.images import labels
 from data.latents import latent_sample
 from data.noise import GENERATOR, noise
 from data.shards import ShardReader, ShardWriter, decode_array, encode_array
@@ -80,6 +80,8 @@ class PairSet:
         self.reader = ShardReader(folder, "pairs")
         self.manifest = self.reader.manifest
         self.seed, self.shape = self.manifest["noise"]["seed"], tuple(self.manifest["shape"])
+        if self.manifest["count"] != len(self.reader):
+            raise ValueError(f"{folder}: {len(self.reader)} pairs of {self.manifest['count']}; collect them again")
         checked = {} if self.manifest["store_noise"] else self.manifest["noise"]["checksums"]
         for index, bits in checked.items():
             if digest(noise(self.seed, int(index), self.shape).numpy().tobytes()) != bits:
@@ -89,13 +91,16 @@ class PairSet:
         return len(self.reader)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        row = self.reader[i]
-        index = int(row["__key__"])
+        row, indices = self.reader[i], np.array([i])
         sample = torch.from_numpy(decode_array(row["npy"]).astype(np.float32))
-        condition = label(row) if "cls" in row else None
-        eps = torch.from_numpy(decode_array(row["noise.npy"]).copy()) if "noise.npy" in row else None
-        eps = noise(self.seed, index, self.shape) if eps is None else eps
-        return {"noise": eps, "sample": sample, "condition": condition, "index": index}
+        condition = int(row["cls"].tobytes()) if "cls" in row else None
+        return {"noise": self.noise(indices)[0], "sample": sample, "condition": condition, "index": int(row["__key__"])}
+
+    def noise(self, indices: np.ndarray) -> Tensor:
+        """Return the noises that these pairs' samples were drawn from, (B, C, H, W): a pair's place is its noise's index."""
+        if self.manifest["store_noise"]:
+            return torch.from_numpy(self.reader.arrays("noise.npy", indices))
+        return torch.stack([noise(self.seed, int(i), self.shape) for i in indices])
 
 
 class Pairs(Set):
@@ -118,11 +123,6 @@ class Pairs(Set):
             raise ValueError(f"{self.path}: collected with {key} {found}, the configuration says {wanted}")
 
     def read(self, indices: np.ndarray) -> Batch:
-        rows = [self.pairs[int(i)] for i in indices]
-        labels = [row["condition"] for row in rows]
-        return Batch(
-            torch.stack([row["sample"] for row in rows]),
-            latent=True,
-            condition=None if None in labels else torch.tensor(labels),
-            noise=torch.stack([row["noise"] for row in rows]),
-        )
+        reader, pairs = self.pairs.reader, self.pairs
+        x = torch.from_numpy(reader.arrays("npy", indices)).float()
+        return Batch(x, latent=True, condition=labels(reader, indices), noise=pairs.noise(indices))

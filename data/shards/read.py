@@ -1,13 +1,24 @@
-"""Reading sets in O(1) by offset, through memory maps; a shard's checksum is verified when it is first opened."""
+"""Reading sets in O(1) by offset, through memory maps, a whole batch in one strided copy.
 
+A shard and its offsets are verified when it is first opened, or every sample whenever it is read (`verify`).
+"""
+
+import mmap
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import xxhash
+from numpy.lib.stride_tricks import as_strided
 
-from data.files import file_digest, read_json
-from data.shards.write import FORMAT, split_name
+from data.files import read_json
+from data.shards.write import BLOCK, FORMAT, split_name
+
+OPEN = 64  # shards kept mapped at once: a map holds a file descriptor
 
 
 def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
@@ -58,14 +69,94 @@ def _header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     return dtype, fields["shape"]
 
 
-def decode_array(data: np.ndarray) -> np.ndarray:
-    """Return the array in .npy bytes (uint8 view), without a copy."""
-    raw = data[:10].tobytes()
+def decode_arrays(data: np.ndarray) -> np.ndarray:
+    """Return the arrays in .npy bytes with one common header, (B, n) uint8 -> (B, ...), without a copy."""
+    raw = data[0, :10].tobytes()
     if raw[:6] != b"\x93NUMPY" or raw[6] != 1:
         raise ValueError("not an .npy array of version 1")
     start = 10 + int.from_bytes(raw[8:10], "little")
-    dtype, shape = _header(data[10:start].tobytes())
-    return data[start:].view(dtype).reshape(shape)
+    if (data[:, :start] != data[0, :start]).any():
+        raise ValueError("arrays of different shapes or types in one batch")
+    dtype, shape = _header(data[0, 10:start].tobytes())
+    return data[:, start:].view(dtype).reshape(len(data), *shape)
+
+
+def decode_array(data: np.ndarray) -> np.ndarray:
+    """Return the array in .npy bytes (uint8 view), without a copy."""
+    return decode_arrays(data[None])[0]
+
+
+def mapping(path: Path, flags: int = 0) -> mmap.mmap:
+    """Map a file into memory, to be read only."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED | flags, mmap.PROT_READ)
+
+
+class Shard:
+    """One mapped tar and its offsets.
+
+    Args:
+        tar: the file, its offsets beside it.
+        record: its entry in the manifest.
+        verified: skip the checksums, which were compared before.
+    """
+
+    def __init__(self, tar: Path, record: dict[str, Any], verified: bool):
+        beside = tar.with_suffix(".npy")
+        self.tar, self.fields = tar, {name: column for column, name in enumerate(record["fields"])}
+        populate = 0 if verified else mmap.MAP_POPULATE  # all of it is about to be read
+        mapped, index = (mapping(path, populate) for path in (tar, beside))
+        for path, data, key in () if verified else ((tar, mapped, "xxh3"), (beside, index, "offsets")):
+            if xxhash.xxh3_128_hexdigest(data) != record[key]:
+                raise ValueError(f"{path}: its checksum is not the manifest's; restore it or make the set again")
+        self.data, self.offsets = np.frombuffer(mapped, np.uint8), decode_array(np.frombuffer(index, np.uint8))
+        if self.offsets.shape != (record["count"], len(self.fields), 3):
+            raise ValueError(f"{beside}: offsets of shape {self.offsets.shape} do not fit the manifest")
+        starts, lengths, _ = np.moveaxis(self.offsets, -1, 0)
+        if (starts[lengths >= 0] % BLOCK).any() or (starts + lengths).max() > len(self.data) - BLOCK:
+            raise ValueError(f"{beside}: its offsets do not fit {tar.name}; make the set again")
+        self.shortest, self.longest = lengths.min(0).tolist(), lengths.max(0).tolist()
+        self._views: dict[int, np.ndarray] = {}
+
+    def gather(self, field: str, rows: np.ndarray, verify: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Return a field's bytes of some rows, (B, longest), and their lengths (B,): one strided copy.
+
+        Members of a tar begin at multiples of 512, so that they are rows of a strided view.
+        """
+        if field not in self.fields:
+            raise ValueError(f"{self.tar}: has no .{field}, only {', '.join(self.fields)}")
+        column = self.fields[field]
+        starts, lengths, sums = self.offsets[rows, column].T
+        shortest, longest = self.shortest[column], self.longest[column]
+        if shortest < 0 or (longest > BLOCK and shortest < longest):
+            raise ValueError(f"{self.tar}: .{field} is missing in some samples, or has several lengths; they make no batch")
+        data = self._windows(longest)[starts // BLOCK]
+        for row, length, wanted in zip(data, lengths, sums.view(np.uint64)) if verify else ():
+            self._verify(row[:length], wanted)
+        return data, lengths
+
+    def _windows(self, width: int) -> np.ndarray:
+        if width not in self._views:
+            shape = (len(self.data) - width) // BLOCK + 1, width
+            self._views[width] = as_strided(self.data, shape, (BLOCK, 1), writeable=False)
+        return self._views[width]
+
+    def sample(self, row: int, verify: bool) -> dict[str, Any]:
+        """Return {"__key__": name, field: uint8 view} of one row."""
+        spans = self.offsets[row].tolist()
+        header = max(span[0] for span in spans) - BLOCK  # of any field that is there: the name stands first
+        name = bytes(self.data[header : header + 100]).partition(b"\0")[0].decode()
+        sample: dict[str, Any] = {"__key__": (split_name(name) or (name, ""))[0]}
+        for field, (start, length, wanted) in zip(self.fields, spans):
+            if start >= 0:
+                sample[field] = self.data[start : start + length]
+                if verify:
+                    self._verify(sample[field], wanted % 2**64)
+        return sample
+
+    def _verify(self, data: np.ndarray, wanted: int) -> None:
+        if xxhash.xxh3_64_intdigest(data.data) != wanted:
+            raise ValueError(f"{self.tar}: a sample's checksum is not the recorded one; restore it or make the set again")
 
 
 class ShardReader:
@@ -74,43 +165,72 @@ class ShardReader:
     Args:
         folder: the set.
         kind: refuse a set of another kind.
+        verify: compare checksums of a shard when it is first opened, or also of every sample when it is read.
     """
 
-    def __init__(self, folder: str | Path, kind: str | None = None):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, kind: str | None = None, verify: Literal["open", "read"] = "open"):
+        self.folder, self.verify = Path(folder), verify == "read"
         self.manifest = read_manifest(folder, kind)
-        self.ends = np.cumsum([shard["count"] for shard in self.manifest["shards"]])
-        self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.ends: list[int] = np.cumsum([shard["count"] for shard in self.manifest["shards"]]).tolist()
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._verified: set[int] = set()
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        if not 0 <= i < len(self):
+        if not 0 <= i < self.ends[-1]:
             raise IndexError(f"{self.folder}: index {i} outside [0, {len(self)})")
-        number = int(np.searchsorted(self.ends, i, side="right"))
-        shard = self.manifest["shards"][number]
-        data, offsets = self._maps.get(number) or self._open(number)
-        spans = offsets[i - int(self.ends[number]) + shard["count"]]
-        header = max(int(start) for start, _ in spans) - 512  # of any field that is there: the name stands first
-        name = data[header:][:100].tobytes().split(b"\0")[0].decode()
-        sample: dict[str, Any] = {"__key__": (split_name(name) or (name, ""))[0]}
-        sample.update({f: data[a : a + n] for f, (a, n) in zip(shard["fields"], spans) if a >= 0})
-        return sample
+        number = bisect_right(self.ends, i)
+        shard = self._shard(number)
+        return shard.sample(i - self.ends[number] + len(shard.offsets), self.verify)
 
-    def _open(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        shard = self.manifest["shards"][number]
-        tar = self.folder / shard["name"]
-        if file_digest(tar) != shard["sha256"]:
-            raise ValueError(f"{tar}: its sha256 is not the manifest's; restore it or make the set again")
-        try:
-            offsets = np.load(tar.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-        except (EOFError, ValueError) as error:
-            raise ValueError(f"{tar.with_suffix('.npy')}: no readable offsets ({error}); make the set again") from None
-        if offsets.shape != (shard["count"], len(shard["fields"]), 2):
-            raise ValueError(f"{tar.with_suffix('.npy')}: offsets of shape {offsets.shape} do not fit the manifest")
-        self._maps[number] = np.memmap(tar, np.uint8, "r"), offsets
-        return self._maps[number]
+    def arrays(self, field: str, indices: np.ndarray) -> np.ndarray:
+        """Return the .npy arrays of a field at these indices, in this order, (B, ...)."""
+        return self._together(indices, lambda shard, rows: decode_arrays(shard.gather(field, rows, self.verify)[0]))
+
+    def numbers(self, field: str, indices: np.ndarray) -> np.ndarray:
+        """Return the whole numbers written as text in a field at these indices, (B,) int64."""
+
+        def parse(shard: Shard, rows: np.ndarray) -> np.ndarray:
+            data, lengths = shard.gather(field, rows, self.verify)
+            text = np.where(np.arange(data.shape[1]) < lengths[:, None], data, 0).astype(np.uint8)
+            if not (((text >= ord("0")) & (text <= ord("9"))) == (text > 0)).all() or not lengths.all():
+                raise ValueError(f"{shard.tar}: .{field} is not a whole number in every sample")
+            return text.view(f"S{data.shape[1]}")[:, 0].astype(np.int64)
+
+        return self._together(indices, parse)
+
+    def _together(self, indices: np.ndarray, read: Callable[[Shard, np.ndarray], np.ndarray]) -> np.ndarray:
+        """Read from each shard at once, and put the parts back into the order of the indices."""
+        if len(indices) == 0 or indices.min() < 0 or indices.max() >= self.ends[-1]:
+            raise IndexError(f"{self.folder}: no indices, or some outside [0, {len(self)})")
+        numbers = np.searchsorted(self.ends, indices, side="right")
+        if numbers[0] == numbers[-1] and (numbers == numbers[0]).all():
+            shard = self._shard(int(numbers[0]))
+            return read(shard, indices - self.ends[numbers[0]] + len(shard.offsets))
+        out, order = None, np.argsort(numbers, kind="stable")
+        for places in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+            number = int(numbers[places[0]])
+            shard = self._shard(number)
+            part = read(shard, indices[places] - self.ends[number] + len(shard.offsets))
+            out = np.empty((len(indices), *part.shape[1:]), part.dtype) if out is None else out
+            if out.shape[1:] != part.shape[1:] or out.dtype != part.dtype:
+                raise ValueError(f"{shard.tar}: holds {part.dtype} {part.shape[1:]}, other shards {out.dtype} {out.shape[1:]}")
+            out[places] = part
+        assert out is not None
+        return out
+
+    def _shard(self, number: int) -> Shard:
+        """Return a mapped shard; the least recently used ones are let go."""
+        if number not in self._open:
+            record = self.manifest["shards"][number]
+            self._open[number] = Shard(self.folder / record["name"], record, number in self._verified)
+            self._verified.add(number)
+            if len(self._open) > OPEN:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}  # workers map the files themselves
+        return {**self.__dict__, "_open": OrderedDict()}  # workers map the files themselves

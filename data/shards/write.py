@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from webdataset import TarWriter
 
-from data.files import atomic, canonical, digest, file_digest, read_json, sweep, write_json
+from data.files import atomic, canonical, checksum, digest, file_digest, read_json, sweep, write_json
 
-FORMAT = 1
+FORMAT = 2
+BLOCK = 512  # of a tar: headers and members begin at its multiples
 
 
 def encode_array(array: np.ndarray) -> bytes:
@@ -35,21 +37,29 @@ def write_offsets(path: Path, offsets: np.ndarray) -> None:
 
 
 def index_tar(path: Path) -> tuple[list[str], np.ndarray]:
-    """Return a tar's fields and offsets: (fields,) and (samples, fields, 2), start and length, -1 where absent."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    """Return a tar's fields, and (samples, fields, 3) int64: start, length, xxh3 of every member; -1 where absent."""
+    samples: dict[str, dict[str, tuple[int, int, int]]] = {}
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:
+            data = np.memmap(path, np.uint8, "r").data
             for member in tar:
                 if member.isfile() and (name := split_name(member.name)):
-                    samples.setdefault(name[0], {})[name[1]] = (member.offset_data, member.size)
+                    start, size = member.offset_data, member.size
+                    if start + -(-size // BLOCK) * BLOCK > len(data) - BLOCK:
+                        raise ValueError(f"{path}: truncated: no end of the archive follows {member.name}")
+                    sum64 = np.uint64(xxhash.xxh3_64_intdigest(data[start : start + size])).view(np.int64)
+                    samples.setdefault(name[0], {})[name[1]] = (start, size, int(sum64))
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path}: not a whole tar ({error})") from None
-    size = path.stat().st_size
-    if any(start + length > size for sample in samples.values() for start, length in sample.values()):
-        raise ValueError(f"{path}: truncated: its last member ends past the file's {size} bytes")
     fields = sorted({field for sample in samples.values() for field in sample})
-    offsets = [[sample.get(field, (-1, -1)) for field in fields] for sample in samples.values()]
-    return fields, np.array(offsets, dtype=np.int64).reshape(len(offsets), len(fields), 2)
+    offsets = [[sample.get(field, (-1, -1, -1)) for field in fields] for sample in samples.values()]
+    return fields, np.array(offsets, dtype=np.int64).reshape(len(offsets), len(fields), 3)
+
+
+def described(tar: Path, fields: list[str], offsets: np.ndarray) -> dict[str, Any]:
+    """Return a finished shard's record: size, identity (sha256), and what is verified on reading (xxh3)."""
+    sums = {"sha256": file_digest(tar), "xxh3": checksum(tar), "offsets": checksum(tar.with_suffix(".npy"))}
+    return {"count": len(offsets), "bytes": tar.stat().st_size, "fields": fields, **sums}
 
 
 class ShardWriter:
@@ -116,8 +126,7 @@ class ShardWriter:
                 writer.write(sample)
         fields, offsets = index_tar(tar)
         write_offsets(self._path(number, "npy"), offsets)
-        record = {"count": len(offsets), "bytes": tar.stat().st_size, "sha256": file_digest(tar), "fields": fields}
-        write_json(self._path(number, "json"), {**record, "stamp": self.stamp, **extra})
+        write_json(self._path(number, "json"), {**described(tar, fields, offsets), "stamp": self.stamp, **extra})
 
     def finish(self, **extra: Any) -> bool:
         """Write the manifest if every shard is finished, and tell; any process may, and all would write the same."""

@@ -2,22 +2,24 @@
 
     python -m tests.benchmarks.reader
 
-Prints samples per second and paired ratios (median over rounds, sides interleaved).
+Prints samples per second and paired ratios (median over rounds, sides interleaved). "opened" reads everything once with a
+new reader, so that every shard is verified; "read" verifies every sample; "open" reads on with shards that were verified.
 """
 
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import webdataset
 
-from data.latents import Latents, latent_sample
+from data.latents import latent_sample
 from data.noise import noise
-from data.shards import Order, ShardWriter
+from data.shards import Order, ShardReader, ShardWriter
 
-COUNT, SHARD, SHAPE, BATCH, ROUNDS = 16_384, 2_048, (4, 32, 32), 256, 5
+COUNT, SHARD, SHAPE, BATCH, ROUNDS = 16_384, 2_048, (4, 32, 32), 256, 7
 
 
 def write(folder: Path) -> None:
@@ -28,34 +30,39 @@ def write(folder: Path) -> None:
     writer.finish()
 
 
-def ours(folder: Path, shuffled: bool) -> float:
-    """Read everything once through Latents, the checksum of every shard included; return samples per second."""
-    began = time.perf_counter()
-    source = Latents(str(folder))
-    order = Order([shard["count"] for shard in source.manifest["shards"]], 0)
+def ours(reader: ShardReader, shuffled: bool) -> None:
+    """Read every latent and its class once, in batches."""
+    order = Order([shard["count"] for shard in reader.manifest["shards"]], 0)
     for start in range(0, COUNT, BATCH):
-        source.read(order.indices(start, BATCH) if shuffled else np.arange(start, start + BATCH))
-    return COUNT / (time.perf_counter() - began)
+        indices = order.indices(start, BATCH) if shuffled else np.arange(start, start + BATCH)
+        assert len(reader.arrays("npy", indices)) == len(reader.numbers("cls", indices)) == BATCH
 
 
-def theirs(folder: Path, shuffled: bool) -> float:
+def opened(folder: Path, shuffled: bool) -> None:
+    """Read everything once with a new reader."""
+    ours(ShardReader(folder), shuffled)
+
+
+def theirs(folder: Path, shuffled: bool) -> None:
     """Read everything once through webdataset's pipeline."""
     files = [str(path) for path in sorted(folder.glob("*.tar"))]
-    began = time.perf_counter()
     pipeline = webdataset.WebDataset(files, shardshuffle=len(files) if shuffled else False)
     pipeline = (pipeline.shuffle(1000) if shuffled else pipeline).decode()
-    count = sum(1 for _ in pipeline)
-    assert count == COUNT
-    return COUNT / (time.perf_counter() - began)
+    assert sum(1 for _ in pipeline) == COUNT
 
 
-def raw(folder: Path) -> float:
+def raw(folder: Path, shuffled: bool) -> None:
     """Read the tars' bytes in blocks of 1 MB."""
-    began = time.perf_counter()
     for path in sorted(folder.glob("*.tar")):
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 20):
                 pass
+
+
+def rate(side) -> float:
+    """Return samples per second of one reading."""
+    began = time.perf_counter()
+    side()
     return COUNT / (time.perf_counter() - began)
 
 
@@ -64,13 +71,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder)
+        once, always = ShardReader(folder), ShardReader(folder, verify="read")
         for shuffled in (False, True):
-            rounds = [(ours(folder, shuffled), theirs(folder, shuffled), raw(folder)) for _ in range(ROUNDS + 1)][1:]
-            mine, web, blocks = (statistics.median(side) for side in zip(*rounds))
-            ratios = [statistics.median(row[0] / row[i] for row in rounds) for i in (1, 2)]
-            kind = "shuffled" if shuffled else "sequential"
-            print(f"{kind}: ours {mine:,.0f}/s, webdataset {web:,.0f}/s, raw {blocks:,.0f}/s; ", end="")
-            print(f"ours / webdataset {ratios[0]:.1f}, ours / raw {ratios[1]:.3f}")
+            sides = {
+                "raw": partial(raw, folder, shuffled),
+                "webdataset": partial(theirs, folder, shuffled),
+                "opened": partial(opened, folder, shuffled),
+                "open": partial(ours, once, shuffled),
+                "read": partial(ours, always, shuffled),
+            }
+            rounds = [{key: rate(side) for key, side in sides.items()} for _ in range(ROUNDS + 1)][1:]
+            print("shuffled" if shuffled else "sequential")
+            for key in sides:
+                web, block = (statistics.median(row[key] / row[base] for row in rounds) for base in ("webdataset", "raw"))
+                median = statistics.median(row[key] for row in rounds)
+                print(f"  {key:10} {median:12,.0f}/s  {web:7.1f} x webdataset  {block:.3f} of raw")
 
 
 if __name__ == "__main__":

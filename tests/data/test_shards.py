@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import tarfile
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -76,8 +79,58 @@ def test_a_flipped_bit_is_seen_when_the_shard_is_opened(tmp_path):
     (tmp_path / "000000.tar").write_bytes(data)
     reader = ShardReader(tmp_path)
     assert reader[12]["cls"].tobytes() == b"12"
-    with pytest.raises(ValueError, match="000000.tar: its sha256 is not the manifest's"):
+    with pytest.raises(ValueError, match="000000.tar: its checksum is not the manifest's"):
         reader[0]
+
+
+def test_changed_offsets_are_seen_when_the_shard_is_opened(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "000000.npy"
+    offsets = np.load(path)
+    np.save(path, offsets[::-1])
+    with pytest.raises(ValueError, match="000000.npy: its checksum is not the manifest's"):
+        ShardReader(tmp_path)[0]
+
+
+def test_a_bit_that_flips_later_is_seen_where_every_read_is_verified(tmp_path):
+    write(tmp_path)
+    reader, blind = ShardReader(tmp_path, verify="read"), ShardReader(tmp_path)
+    rows = np.arange(10)
+    assert reader.arrays("npy", rows)[:, 0].tolist() == blind.arrays("npy", rows)[:, 0].tolist() == list(range(10))
+    with (tmp_path / "000000.tar").open("r+b") as file:
+        file.seek(int(np.load(tmp_path / "000000.npy")[4, 1, 0]) + 130)  # within the array of sample 4
+        file.write(b"\xff")
+    assert reader[3] and blind[4]
+    for read in (lambda: reader[4], lambda: reader.arrays("npy", rows)):
+        with pytest.raises(ValueError, match="a sample's checksum is not the recorded one"):
+            read()
+
+
+def test_a_batch_is_its_samples_in_any_order(tmp_path):
+    write(tmp_path, count=1300, shard=10)  # more shards than are kept open
+    reader, indices = ShardReader(tmp_path), np.random.default_rng(0).permutation(1300)
+    assert reader.numbers("cls", indices).tolist() == reader.arrays("npy", indices)[:, 1].tolist() == indices.tolist()
+    assert [int(reader[int(i)]["__key__"]) for i in indices] == indices.tolist()
+    assert len(os.listdir("/proc/self/fd")) < 400
+
+
+def test_what_makes_no_batch_is_refused(tmp_path):
+    writer = ShardWriter(tmp_path, "latents", {}, 4, 2)
+    rows = [np.zeros(3), np.zeros(3), np.zeros(300), np.zeros(4)]
+    for number in writer.numbers():
+        members = [{"__key__": str(i), "npy": encode_array(rows[i]), "cls": b"1" if i else b"x"} for i in writer.indices(number)]
+        writer.write(number, members)
+    writer.finish()
+    reader = ShardReader(tmp_path)
+    with pytest.raises(ValueError, match="000001.tar: .npy is missing in some samples, or has several lengths"):
+        reader.arrays("npy", np.array([2, 3]))
+    with pytest.raises(ValueError, match="000000.tar: .cls is not a whole number"):
+        reader.numbers("cls", np.array([0, 1]))
+    with pytest.raises(ValueError, match="has no .txt, only cls, npy"):
+        reader.arrays("txt", np.array([0]))
+    for wrong in ([], [4], [-1]):
+        with pytest.raises(IndexError):
+            reader.arrays("npy", np.array(wrong, dtype=int))
 
 
 def test_a_missing_shard_an_unfinished_set_and_a_plain_folder_are_named(tmp_path):
@@ -103,7 +156,7 @@ def test_another_format_or_kind_is_refused(tmp_path):
         ShardReader(tmp_path, "pairs")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-    with pytest.raises(ValueError, match="not a manifest of format 1"):
+    with pytest.raises(ValueError, match="not a manifest of format 2"):
         ShardReader(tmp_path)
 
 
@@ -201,3 +254,21 @@ def test_pairs_hold_no_pickle(tmp_path):
     for tar in tmp_path.glob("*.tar"):
         with tarfile.open(tar) as file:
             assert {name.partition(".")[2] for name in file.getnames()} == {"npy", "cls"}
+
+
+def test_a_set_of_a_hundred_million_samples_opens_at_once(tmp_path):
+    """Manifest, order and a batch at any position: under 2 s and 100 MB, whatever the size."""
+    record = {"count": 10_000, "bytes": 0, "fields": ["cls", "npy"], "sha256": "0" * 64, "xxh3": "0" * 32, "offsets": "0" * 32}
+    shards = [{"name": f"{n:06d}.tar", **record} for n in range(10_000)]
+    for shard in shards:
+        (tmp_path / shard["name"]).touch()
+    manifest = {"format": 2, "kind": "latents", "samples": 10**8, "shards": shards}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    tracemalloc.start()
+    began = time.monotonic()
+    reader = ShardReader(tmp_path)
+    found = order(reader.manifest, 3, 7, 98_765_432, 512)
+    seconds, memory = time.monotonic() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(reader) == 10**8 and len(set(found.tolist())) == 512
+    assert seconds < 2 and memory < 100e6, (seconds, memory)
