@@ -68,6 +68,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove(path: Path) -> None:
+    """Delete a file or folder; a folder goes under a temporary name first, so that it is never half there."""
+    if path.is_dir():
+        path = path.rename(_temporary(path))
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def sweep(folder: Path, pattern: str) -> None:
     """Remove what killed processes left: temporary files of finished work (a pattern of final names), or of dead processes."""
     for leftover in {*folder.glob(f".{pattern}.*.tmp"), *filter(_abandoned, folder.glob(".*.tmp"))}:

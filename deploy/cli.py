@@ -20,6 +20,7 @@ VERBS = {
     "evaluate": ("trainer.evaluate:evaluate", "measure quality against the number of network evaluations"),
     "export": ("deploy.export:export", "write a diffusers folder that plain diffusers loads"),
     "ema": ("trainer.posthoc:ema", "reconstruct the average of another width from a run's EMA snapshots"),
+    "consolidate": ("trainer.consolidate:consolidate", "write a checkpoint, sharded or not, as one safetensors file"),
     "report": ("trainer.report:report", "write summary.json and a self-contained report.html of a pipeline's folder"),
     "run": ("deploy.run:run", "run a pipeline of these, skipping what is finished"),
 }
@@ -27,7 +28,7 @@ VERBS = {
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the first word."""
-    lines = [f"  {verb:9} {text}" for verb, (_, text) in VERBS.items()]
+    lines = [f"  {verb:11} {text}" for verb, (_, text) in VERBS.items()]
     top = argparse.ArgumentParser(
         prog="rectify",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -4,15 +4,18 @@ import importlib
 import logging
 import os
 import pkgutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
@@ -45,8 +48,17 @@ def import_components() -> None:
         importlib.import_module(name)
 
 
+def revision() -> str:
+    """Return the version of this code: the commit it is checked out at, and whether it was changed since, or the package's."""
+    command = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # installed from a wheel, or no git here
+        return version("rectify")
+
+
 class KeepConfig(SaveConfigCallback):
-    """Writes RUN/config.yaml once nothing is left that could refuse the configuration."""
+    """Writes RUN/config.yaml once nothing is left that could refuse the configuration; checkpoints carry it too."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write nothing yet."""
@@ -56,6 +68,12 @@ class KeepConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             with atomic(Path(trainer.default_root_dir) / "config.yaml") as file:
                 file.write(self.parser.dump(self.config, skip_none=False).encode())
+        self.origin = {"config": self.parser.dump(self.config, skip_none=False), "revision": revision()}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the configuration, the version of the code, and wandb's run, which a resumed run goes on with."""
+        run = str(trainer.logger.version) if isinstance(trainer.logger, WandbLogger) and trainer.logger.version else None
+        checkpoint["origin"] = {**self.origin, "wandb": run}
 
 
 class Fit(LightningCLI):
@@ -77,6 +95,7 @@ class Fit(LightningCLI):
     @staticmethod
     def configure_optimizers(lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: Any = None) -> Any:
         """Step the schedule with every optimizer step: the stream has no epochs, Lightning's default interval."""
+        optimizer.param_groups[0]["params"] = list(lightning_module.parameters())  # sharding replaces those it was built with
         if lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": "step"}}
@@ -89,13 +108,16 @@ class Fit(LightningCLI):
                 f"trainer.max_steps: {config.trainer.max_steps}; say how many steps to train (the stream is endless)"
             )
         self.newest = teacher.newest(run) if any((run / "checkpoints").glob("step=*.ckpt")) else None
-        if self.newest and teacher.read(self.newest) and int(self.newest.stem.removeprefix("step=")) >= config.trainer.max_steps:
+        before = teacher.read(self.newest, tensors=False) if self.newest else {}
+        if self.newest and before["global_step"] >= config.trainer.max_steps:
             print(f"fit: {run} is finished ({self.newest.name})", file=sys.stderr)
             raise SystemExit(0)
         if config.trainer.logger is None:
             os.environ.setdefault("WANDB_SILENT", "true")
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
             options = {"offline": True, "project": "rectify", "name": run.name, "save_dir": str(run)}
+            if earlier := before.get("origin", {}).get("wandb"):
+                options |= {"id": earlier, "resume": "allow"}
             config.trainer.logger = Namespace(class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(**options))
 
 

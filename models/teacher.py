@@ -3,10 +3,12 @@
 import hashlib
 import importlib
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from models import codec as codecs
@@ -46,10 +48,24 @@ def build(spec: Any) -> Any:
     return cls(**{key: build(value) for key, value in spec["init_args"].items()})
 
 
-def read(path: str | Path) -> dict:
-    """Read one of our checkpoints without running code from it; a file that is not one is an error that names it."""
+def read(path: str | Path, tensors: bool = True) -> dict:
+    """Read one of our checkpoints without running code from it; a file that is not one is an error that names it.
+
+    Args:
+        path: a file, or the folder of a sharded one.
+        tensors: False: a sharded one's tensors are not needed.
+    """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).is_dir():
+            from models import sharded  # torch.distributed is slow to import
+
+            checkpoint = sharded.read(Path(path)) if tensors else sharded.read_rest(Path(path))
+        elif Path(path).suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                checkpoint = {"rectify": json.loads(file.metadata()["rectify"]), "state_dict": {}}
+                checkpoint["ema"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except Exception as error:
@@ -63,9 +79,9 @@ def read(path: str | Path) -> dict:
 
 
 def newest(run: str | Path) -> Path:
-    """Return the newest finished checkpoint of a run folder (a checkpoint file is returned as it is)."""
+    """Return the newest finished checkpoint of a run folder (a checkpoint is returned as it is)."""
     run = Path(run)
-    if run.is_file():
+    if run.is_file() or (run / "rest.pt").is_file():
         return run
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such run folder; train one with `rectify fit`")

@@ -1,5 +1,6 @@
 """The one training step of every generator, teacher or student."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from data.batch import Batch, Set
 from data.files import atomic_folder
@@ -19,6 +21,7 @@ from models.condition import Condition, Unconditional
 from models.denoiser import Denoiser
 from models.interpolant import expand
 from trainer.draws import Draws
+from trainer.fsdp import shard
 from trainer.objectives import Matching, Objective
 
 
@@ -40,6 +43,8 @@ class Generator(LightningModule):
         condition: what the network is told.
         codec: folder of the frozen autoencoder that images, or the latents in the data, go through; none for pixels.
         initial: run or checkpoint whose (EMA) weights the denoiser starts from: a student's teacher.
+        recompute: blocks keep no activations for the backward pass but compute them again: less memory, a third more time.
+        compile: compile every block (torch.compile).
     """
 
     def __init__(
@@ -49,17 +54,31 @@ class Generator(LightningModule):
         condition: Condition | None = None,
         codec: str | None = None,
         initial: str | None = None,
+        recompute: bool = False,
+        compile: bool = False,
     ):
         super().__init__()
+        self.recompute, self.compile_blocks = recompute, compile
         self.denoiser, self.objective = denoiser, objective or Matching()
         self.condition, self.initial = condition or Unconditional(), initial
         self._codec = [codecs.load(codec)]  # in a list: frozen, so neither trained nor in checkpoints
-        teacher.describe(denoiser)  # refuses, before any hours are spent, what could not be saved
+        parts = {"denoiser": teacher.describe(denoiser), "condition": teacher.describe(self.condition)}
+        self.spec = {"format": teacher.FORMAT, "codec": "codec" if isinstance(self.codec, KL) else None, **parts}
         self.teacher_hash: str | None = None
         if initial:
             source = teacher.load(initial)[0]
             self.teacher_hash = teacher.fingerprint(source)
             self.denoiser.load_state_dict(source.state_dict())
+
+    def configure_model(self) -> None:
+        """Prepare the network's blocks as the strategy and the arguments say, once."""
+        blocks = getattr(self.denoiser.net, "blocks", [])
+        for block in blocks:
+            if self.recompute:
+                block.forward = partial(recomputed, block.forward, use_reentrant=False)
+            if self.compile_blocks:
+                block.compile()
+        shard(self.denoiser, blocks, self)
 
     @property
     def codec(self) -> codecs.Codec:
@@ -111,13 +130,10 @@ class Generator(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds the denoiser without this configuration (models.teacher.load)."""
-        codec = "codec" if isinstance(self.codec, KL) else None
-        parts = {"denoiser": teacher.describe(self.denoiser), "condition": teacher.describe(self.condition)}
-        checkpoint["rectify"] = {"format": teacher.FORMAT, "codec": codec, **parts}
+        checkpoint["rectify"] = self.spec
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume a run with another model."""
-        here: Any = teacher.describe(self.denoiser)
-        there = checkpoint["rectify"].get("denoiser")
+        here, there = self.spec["denoiser"], checkpoint["rectify"].get("denoiser")
         if there != here:
             raise ValueError(f"{self.trainer.default_root_dir}: holds a run of another model ({there}); this one is {here}")

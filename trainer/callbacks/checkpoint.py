@@ -1,20 +1,26 @@
 """Checkpoints that are whole or not there."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from data.files import replacing, sweep
+from data.files import remove, replacing, sweep
 from models import teacher
 from trainer.callbacks.watch import Watch
+from trainer.fsdp import FSDP2
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Reads checkpoints as `models.teacher.read` does: no code is run, and a torn or foreign file is named."""
+    """Writes checkpoints atomically, and reads them as `models.teacher.read` does: no code is run, a torn file is named."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint under a temporary name, and rename it."""
+        with replacing(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         """Return the checkpoint, on the CPU."""
@@ -46,8 +52,11 @@ class Checkpoints(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end."""
+        """Save the end, and wait until it has its name."""
         self._save(trainer)
+        if isinstance(trainer.strategy, FSDP2):
+            trainer.strategy.finish()
+        self._prune(trainer)
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / "checkpoints"
@@ -60,9 +69,10 @@ class Checkpoints(Checkpoint):
                 callback.look(trainer)  # a bad state is never saved
         self.saved = trainer.global_step
         path = self._folder(trainer) / f"step={self.saved:09d}.ckpt"
-        with replacing(path) if trainer.is_global_zero else nullcontext(path) as temporary:
-            trainer.save_checkpoint(temporary)
+        trainer.save_checkpoint(path)
+        self._prune(trainer)
+
+    def _prune(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
-            for old in sorted(path.parent.glob("step=*.ckpt"))[: -self.keep]:
-                old.unlink()
-        trainer.strategy.barrier("checkpoint")
+            for old in sorted(self._folder(trainer).glob("step=*.ckpt"))[: -self.keep]:
+                remove(old)

@@ -7,9 +7,27 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data.files import replacing
 from trainer.posthoc import exponent
+
+
+def local(value: Tensor) -> Tensor:
+    """Return this rank's part of a weight, sharing its memory."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def full(value: Tensor) -> Tensor:
+    """Return a whole weight, gathered from all ranks if need be."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).contiguous()
+
+
+def alike(value: Tensor, weight: Tensor) -> Tensor:
+    """Return a copy of a value, placed as a weight is."""
+    if isinstance(weight, DTensor) and not isinstance(value, DTensor):
+        return distribute_tensor(value.detach(), weight.device_mesh, weight.placements)
+    return value.detach().to(weight.device, copy=True)
 
 
 class EMA(Callback):
@@ -41,7 +59,7 @@ class EMA(Callback):
         self.step = trainer.global_step
         for name in ("", *self.powers):
             kept = self.averages.get(name)
-            self.averages[name] = {k: (kept[k] if kept else v).detach().to(v.device, copy=True) for k, v in now.items()}
+            self.averages[name] = {k: alike(kept[k] if kept else v, v) for k, v in now.items()}
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -49,17 +67,17 @@ class EMA(Callback):
         if trainer.global_step == self.step:
             return  # gradients are still accumulating
         self.step = trainer.global_step
-        now = list(pl_module.denoiser.state_dict().values())  # type: ignore[union-attr]
+        now = [local(value) for value in pl_module.denoiser.state_dict().values()]  # type: ignore[union-attr]
         for name, decay in self._decays().items():
-            torch._foreach_lerp_(list(self.averages[name].values()), now, 1 - decay)
+            torch._foreach_lerp_([local(value) for value in self.averages[name].values()], now, 1 - decay)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the averages to the checkpoint, and keep the profiles' own snapshot."""
         checkpoint["ema"] = self.averages[""]
         checkpoint["ema_profiles"] = {name: self.averages[name] for name in self.powers}
-        if self.powers and trainer.is_global_zero:
+        flat = {f"{name}/{key}": full(value) for name in self.powers for key, value in self.averages[name].items()}
+        if flat and trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "ema" / f"step={self.step:09d}.safetensors"
-            flat = {f"{name}/{key}": value.contiguous() for name in self.powers for key, value in self.averages[name].items()}
             with replacing(path) as temporary:
                 save_file(flat, temporary)
 

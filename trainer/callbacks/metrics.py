@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from data.files import atomic
 from data.progress import Meter
@@ -22,6 +24,7 @@ class Metrics(Callback):
         if every < 1:
             raise ValueError(f"Metrics: every is {every}, it must be at least 1")
         self.every, self.step = every, -1
+        self.parts: list[Tensor] = []  # losses of the micro-batches of this step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop lines of steps that will be made again, and start the progress meter."""
@@ -33,14 +36,18 @@ class Metrics(Callback):
             with atomic(self.path) as file:
                 file.writelines(line + b"\n" for line in _whole(self.path) if json.loads(line)["step"] <= self.step)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Count the step, and write a line when one is due."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        """Count the step, and write a line when one is due: means over the global batch, of all ranks and parts."""
+        self.parts.append(outputs["loss"].detach())
         if trainer.global_step == self.step:
             return  # gradients are still accumulating
         self.meter.add(trainer.global_step - self.step)
-        self.step = trainer.global_step
-        if trainer.is_global_zero and self.step % self.every == 0:
-            values = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        self.step, parts, self.parts = trainer.global_step, self.parts, []
+        if self.step % self.every:
+            return
+        found = {**trainer.callback_metrics, "loss": torch.stack(parts).sum()}  # Lightning has divided them by their number
+        values = {name: trainer.strategy.reduce(value, reduce_op="mean").item() for name, value in found.items()}
+        if trainer.is_global_zero:
             seconds = round(time.monotonic() - self.began, 3)
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": self.step, "seconds": seconds, **values}) + "\n")
