@@ -26,7 +26,8 @@ from models import teacher
 from trainer.callbacks.checkpoint import Checkpoints, WholeFiles
 from trainer.callbacks.metrics import Metrics
 from trainer.callbacks.preemption import EXIT, Preemption
-from trainer.callbacks.watch import Watch
+from trainer.callbacks.watch import Watch, out_of_memory
+from trainer.callbacks.watchdog import Watchdog
 
 ROOMS = ("models", "data", "trainer.objectives", "trainer.callbacks")
 MODULES = ("trainer.module", "trainer.autoencoder", "trainer.times")
@@ -88,6 +89,7 @@ class Fit(LightningCLI):
         parser.add_lightning_class_args(Metrics, "metrics")
         parser.add_lightning_class_args(Watch, "watch")
         parser.add_lightning_class_args(Preemption, "preemption")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.link_arguments("out", "trainer.default_root_dir")
         parser.link_arguments("seed_everything", "data.seed")
         Fit.names = [action.dest for action in parser._actions]
@@ -143,7 +145,12 @@ def fit(args: Sequence[str]) -> None:
         raise ValueError(f"fit: trainer: {one_line(error)}") from None
     cli.trainer.strategy.checkpoint_io = WholeFiles()
     callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.newest, weights_only=True)
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.newest, weights_only=True)
+    except RuntimeError as error:
+        if (said := out_of_memory(error, cli.trainer)) is None:
+            raise
+        raise ValueError(said) from error
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
     if "wandb" in sys.modules:

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -30,15 +32,13 @@ class Workspace:
     def environment(self) -> dict[str, str]:
         return {**os.environ, "WANDB_MODE": "offline", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
-    def start(self, *words: str, processes: int = 1) -> subprocess.Popen:
+    def start(self, *words: str, processes: int = 1, preexec: Callable[[], None] | None = None) -> subprocess.Popen:
         launcher = [sys.executable, "-m"]
         if processes > 1:
             launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
         command = [*launcher, "deploy", *(str(word) for word in words)]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command, cwd=self.path, env=self.environment(), stdout=pipe, stderr=pipe, text=True, start_new_session=True
-        )
+        where = {"cwd": self.path, "env": self.environment(), "preexec_fn": preexec}
+        return subprocess.Popen(command, **where, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True)
 
     def rectify(self, *words: str, processes: int = 1, code: int = 0) -> subprocess.CompletedProcess:
         process = self.start(*words, processes=processes)

@@ -11,6 +11,8 @@ from trainer.draws import Draws
 class Objective(ABC):
     """What a training step minimises."""
 
+    seen: tuple[Tensor, Tensor] | None = None  # times and errors of the last batch's samples, (B,) each: for the watch
+
     @abstractmethod
     def __call__(
         self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, cond: Tensor | None = None, draws: Draws | None = None

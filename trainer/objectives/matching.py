@@ -31,4 +31,6 @@ class Matching(Objective):
         interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
         y = self.measure or getattr(denoiser, "prediction", None) or Velocity()
         x_hat, eps_hat = denoiser(interpolant.mix(x, eps, t), t, cond)
-        return y.target(interpolant, x_hat - x, eps_hat - eps, t).square().mean()
+        squares = y.target(interpolant, x_hat - x, eps_hat - eps, t).square()
+        self.seen = t, squares.detach().flatten(1).mean(1)
+        return squares.mean()
