@@ -14,6 +14,18 @@ from typing import Any, BinaryIO
 import xxhash
 
 
+@contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Turn whatever goes wrong while foreign bytes are made sense of into a ValueError that names them."""
+    try:
+        yield
+    except Exception as error:  # parsers raise many kinds: SyntaxError, struct.error, RecursionError, those of their library
+        if isinstance(error, OSError) and error.filename:
+            raise
+        text = f"no entry {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise ValueError(text if str(what) in text else f"{what}: {text}") from error
+
+
 def sync(path: Path) -> None:
     """Flush a file or a folder's entries to the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -94,18 +106,34 @@ def canonical(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, atomically."""
+def sealed(value: dict[str, Any]) -> bytes:
+    """Return the JSON text of an object with a checksum of itself, which `read_json` compares."""
+    return canonical({**value, "seal": _seal(json.loads(canonical(value)))})  # as it will be read: keys are text
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return digest(json.dumps(value, sort_keys=True).encode())
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write an object as sealed JSON, atomically."""
     with atomic(path) as file:
-        file.write(canonical(value))
+        file.write(sealed(value))
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; one that is no JSON is an error that names it."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object that `write_json` wrote; anything else is an error that names the file."""
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_bytes())
+        whole = isinstance(value, dict) and value.pop("seal", None) == _seal(value)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not whole:
+        raise ValueError(
+            f"{path}: its seal does not fit: damaged, edited by hand, or written by another version; restore it, or delete it "
+            "and run the command that makes it again"
+        )
+    return value
 
 
 def digest(data: bytes) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import yaml
 
-from tests.fuzz.mutations import member, reseal, sealed
+from tests.fuzz.mutations import member, reseal, resealed
 from tests.fuzz.recipes import RECIPES
 
 MARK = "owned"  # in the working folder of the case
@@ -94,7 +94,7 @@ def piped_shard(folder: Path) -> None:
     path = folder / "latents/manifest.json"
     manifest = json.loads(path.read_text())
     manifest["shards"][0]["name"] = f"pipe:touch {MARK}"
-    path.write_bytes(sealed(manifest))
+    path.write_bytes(resealed(manifest))
 
 
 def escaping_shard(folder: Path) -> None:
@@ -102,7 +102,7 @@ def escaping_shard(folder: Path) -> None:
     shutil.copytree(folder / "latents", folder / "elsewhere")
     manifest = json.loads(path.read_text())
     manifest["shards"][0]["name"] = "../elsewhere/000000.tar"
-    path.write_bytes(sealed(manifest))
+    path.write_bytes(resealed(manifest))
 
 
 def escaping_stage(folder: Path) -> None:

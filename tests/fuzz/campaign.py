@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from random import Random
 
-os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "MPLBACKEND": "agg"}  # a forked child starts its own threads
+os.environ |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "2000"}  # before torch; a forked child starts its own threads
+os.environ |= {"WANDB_MODE": "disabled", "MPLBACKEND": "agg"}
 
 from tests.distributed.runs import equal
 from tests.fuzz import child
@@ -86,7 +87,7 @@ class Campaign:
 
     def judge(self, name: str, recipe: Recipe, folder: Path, outcome: child.Outcome, path: Path, forged: bool) -> str | None:
         """Return what is wrong with an outcome, or None. A forgery, whose checksums fit, may be believed but do no harm."""
-        clues = [path.name, path.parent.name, path.name.partition(".")[0]]
+        clues = [path.name, path.parent.name, path.name.partition(".")[0], f"{recipe.makes[0]}: "]
         if path.suffix == ".yaml":
             clues = ["fit: ", path.name, "stage "]  # a key of the configuration, or its file
         if problem := self.manners(outcome, self.usual[name], clues):
@@ -132,7 +133,8 @@ class Campaign:
     def bomb(self, name: str) -> str | None:
         """Return what is wrong with how a planted bomb was met, or None."""
         lay, words = (BOMBS | HARMLESS)[name]
-        recipe = next((recipe for recipe in RECIPES.values() if recipe.words == words), RECIPES["sample"])
+        begun = (recipe for recipe in RECIPES.values() if words[: len(recipe.words)] == recipe.words)
+        recipe = max(begun, key=lambda recipe: len(recipe.words), default=RECIPES["sample"])
         folder = self.copy(f"bomb {name.replace('/', ' ')}", recipe)
         lay(folder)
         outcome = child.run(list(words), folder)

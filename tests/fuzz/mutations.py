@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from data.files import canonical, digest, file_digest
+from data.files import canonical, checksum, file_digest, sealed
 
 VALUES = (
     *(None, True, -1, 0, 7, 2**31, 2**63, 10**30, -(10**30), 0.5, math.nan, math.inf, "", "x", "3", "1e999", "../../x"),
@@ -68,25 +68,25 @@ def restructure(value: Any, draw: Random) -> tuple[Any, str]:
     return value, f"{kind} {key}"
 
 
-def sealed(value: Any) -> bytes:
-    """Return the JSON text of a value with a checksum that fits: a damage that only validation can see."""
-    if isinstance(value, dict) and "seal" in value:
-        value = {**value, "seal": digest(canonical({k: v for k, v in value.items() if k != "seal"}))}
-    return canonical(value)
+def resealed(value: Any) -> bytes:
+    """Return the JSON text of a value with a seal that fits, if it had one: a damage that only validation can see."""
+    if not isinstance(value, dict) or "seal" not in value:
+        return canonical(value)
+    return sealed({key: part for key, part in value.items() if key != "seal"})
 
 
 def reseal(tar: Path) -> None:
     """Make a changed shard's record and manifest fit its bytes again: a forgery that checksums cannot see."""
-    facts = {"bytes": tar.stat().st_size, "sha256": file_digest(tar)}
+    facts = {"bytes": tar.stat().st_size, "sha256": file_digest(tar), "xxh3": checksum(tar)}
     if (offsets := tar.with_suffix(".npy")).exists():
-        facts["offsets_sha256"] = file_digest(offsets)
+        facts["offsets"] = checksum(offsets)
     record, manifest = tar.with_suffix(".json"), tar.parent / "manifest.json"
     if record.exists():
-        record.write_bytes(sealed(json.loads(record.read_bytes()) | facts))
+        record.write_bytes(resealed(json.loads(record.read_bytes()) | facts))
     if manifest.exists():
         whole = json.loads(manifest.read_bytes())
         whole["shards"] = [shard | (facts if shard["name"] == tar.name else {}) for shard in whole["shards"]]
-        manifest.write_bytes(sealed(whole))
+        manifest.write_bytes(resealed(whole))
 
 
 def tar_header(path: Path, draw: Random) -> str:
@@ -118,7 +118,7 @@ def restructured_file(path: Path, draw: Random) -> str:
     else:
         value, what = restructure(json.loads(path.read_bytes()), draw)
         forged = draw.random() < 0.7
-        path.write_bytes(sealed(value) if forged else canonical(value))
+        path.write_bytes(resealed(value) if forged else canonical(value))
         what += ", seal renewed" if forged else ""
     return what
 
