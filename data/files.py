@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -65,19 +66,21 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `path` only when the block ends well."""
-    temporary = _temporary(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Yield a temporary folder that replaces `path` only when the block ends well; what killed ones left is removed."""
+    temporary, aside = _temporary(path), _temporary(path)
+    sweep(path.parent)
     temporary.mkdir()
     try:
         yield temporary
         for part in [*temporary.rglob("*"), temporary]:
             sync(part)
-        shutil.rmtree(path, ignore_errors=True)  # rename cannot replace a filled folder
+        if path.exists():
+            os.replace(path, aside)  # rename cannot replace a filled folder, and deleting it in place would tear it
         os.replace(temporary, path)
         sync(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in (temporary, aside):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove(path: Path) -> None:
@@ -89,16 +92,17 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def sweep(folder: Path, pattern: str) -> None:
-    """Remove what killed processes left: temporary files of finished work (a pattern of final names), or of dead processes."""
-    for leftover in {*folder.glob(f".{pattern}.*.tmp"), *filter(_abandoned, folder.glob(".*.tmp"))}:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+def sweep(folder: Path, finished: str | None = None) -> None:
+    """Remove what killed processes left: temporary files of dead processes, or of finished work (a pattern of final names)."""
+    done = folder.glob(f".{finished}.*.tmp") if finished else ()
+    for leftover in {*done, *filter(_abandoned, folder.glob(".*.tmp"))}:
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def _abandoned(temporary: Path) -> bool:
     """Tell whether the process that made a temporary file ran on this machine and is dead."""
-    host, pid, _ = temporary.name.removesuffix(".tmp").rpartition(".")[2].rsplit("-", 2)
-    return host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
+    made = re.fullmatch(rf"\..*\.{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{8}}\.tmp", temporary.name)
+    return made is not None and not Path(f"/proc/{made[1]}").exists()
 
 
 def canonical(value: Any) -> bytes:

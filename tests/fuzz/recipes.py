@@ -178,15 +178,15 @@ def content(path: Path) -> Any:
     return path.read_bytes()
 
 
-def made(folder: Path, recipe: Recipe) -> dict[str, Any]:
-    """Return the content of all that a recipe made in a folder."""
+def made(folder: Path, recipe: Recipe, but: Path | None = None) -> dict[str, Any]:
+    """Return the content of all that a recipe made in a folder, but for the file that was damaged there."""
+    if recipe.words[0] == "read":
+        return {"read": torch.load(folder / "read.pt")}
     found = {}
     for top in map(folder.joinpath, recipe.makes):
         for path in sorted([top] if top.is_file() else top.rglob("*")):
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            if path.is_file() and path != but and not any(part.startswith(".") for part in path.relative_to(folder).parts):
                 found[str(path.relative_to(folder))] = content(path)
-    if recipe.words[0] == "read":
-        return {"read": torch.load(folder / "read.pt")}
     return found
 
 
