@@ -51,7 +51,9 @@ def ema(run: Path, width: float, out: Path | None = None) -> None:
     total: dict[str, Tensor] = {key: torch.zeros_like(value, dtype=torch.float64) for key, value in checkpoint["ema"].items()}
     for path, parts in zip(files, found.reshape(len(files), len(names))):
         with naming(path):
-            snapshot, _ = read_tensors(path)
+            snapshot, about = read_tensors(path)
+            if int(about["step"]) != int(path.stem.removeprefix("step=")):
+                raise ValueError(f"{path}: holds step {about['step']}; give it its own name back")
             for name, weight in zip(names, parts):
                 for key, value in total.items():
                     value.add_(snapshot[f"{name}/{key}"].double(), alpha=float(weight))

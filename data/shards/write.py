@@ -43,6 +43,8 @@ def index_tar(path: Path) -> tuple[list[str], np.ndarray]:
         with tarfile.open(path, "r:") as tar:
             data = np.memmap(path, np.uint8, "r").data
             for member in tar:
+                if member.issparse():
+                    raise ValueError(f"{path}: {member.name} is stored sparsely; pack the tar again without --sparse")
                 if member.isfile() and (name := split_name(member.name)):
                     start, size = member.offset_data, member.size
                     if start + -(-size // BLOCK) * BLOCK > len(data) - BLOCK:

@@ -23,6 +23,9 @@ WRONG_WORDS = (
 )  # fmt: skip
 
 
+KEPT = ("--out", "--folder", "--trainer.logger")  # options that wrong words leave alone: another logger starts its own process
+
+
 class Campaign:
     """A garden of undamaged artefacts, what every recipe makes of them, and the judge of what it makes of damaged ones.
 
@@ -78,7 +81,7 @@ class Campaign:
         """Give one option of a command a hostile value."""
         name = draw.choice(sorted(name for name in BUILT if name not in ("report", "index")))
         folder, words = self.copy(f"case {seed}", RECIPES[name]), list(RECIPES[name].words)
-        place = draw.choice([i for i, word in enumerate(words) if word.startswith("--") and word not in ("--out", "--folder")])
+        place = draw.choice([i for i, word in enumerate(words) if word.startswith("--") and word not in KEPT])
         words[place + 1] = value = draw.choice(WRONG_WORDS)
         outcome = child.run(words, folder)
         problem = self.manners(outcome, self.usual[name], [words[place].rpartition(".")[2].lstrip("-"), value.strip() or "empty"])

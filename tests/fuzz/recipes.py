@@ -208,7 +208,7 @@ def served_as_they_are(folder: Path) -> str | None:
     there = {}
     for path in sorted((folder / "foreign").glob("*.tar")):
         with tarfile.open(path) as tar:
-            there |= {m.name: file.read() for m in tar if m.isfile() and (file := tar.extractfile(m))}
+            there |= {m.name: file.read() for m in tar.getmembers() if m.isfile() and (file := tar.extractfile(m))}
     wrong = [name for name, data in served.items() if there.get(name) != data]
     return f"served other bytes than the tar holds: {wrong}" if wrong else None
 

@@ -77,7 +77,7 @@ class EMA(Callback):
         flat = {f"{name}/{key}": full(value) for name in self.powers for key, value in self.averages[name].items()}
         if flat and trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "ema" / f"step={self.step:09d}.safetensors"
-            write_tensors(path, flat)
+            write_tensors(path, flat, {"step": str(self.step)})
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the averages up where they were."""
