@@ -1,5 +1,6 @@
 # make demo   runs the whole pipeline on real digits and prints its table
 # make test   lint, types, import contract and the whole test suite
+# make test-long   every seed of the campaigns (kills, fuzz), of which CI runs a few; their log is docs/test-long.log
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -12,6 +13,9 @@ test: .venv/installed
 	$(BIN)/lint-imports
 	$(BIN)/pytest
 
+test-long: .venv/installed
+	$(BIN)/pytest --long tests/fuzz tests/distributed/test_kills.py
+
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --disable-pip-version-check -e '.[dev]'
@@ -20,4 +24,4 @@ test: .venv/installed
 clean:
 	rm -rf .venv runs dist build
 
-.PHONY: demo test clean
+.PHONY: demo test test-long clean

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -12,6 +13,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
+
+
+@contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Turn whatever goes wrong while foreign bytes are made sense of into a ValueError that names them."""
+    try:
+        yield
+    except Exception as error:  # parsers raise many kinds: SyntaxError, struct.error, RecursionError, those of their library
+        if isinstance(error, OSError) and error.filename:
+            raise
+        text = f"no entry {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise ValueError(text if str(what) in text else f"{what}: {text}") from error
 
 
 def sync(path: Path) -> None:
@@ -53,19 +66,21 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `path` only when the block ends well."""
-    temporary = _temporary(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Yield a temporary folder that replaces `path` only when the block ends well; what killed ones left is removed."""
+    temporary, aside = _temporary(path), _temporary(path)
+    sweep(path.parent)
     temporary.mkdir()
     try:
         yield temporary
         for part in [*temporary.rglob("*"), temporary]:
             sync(part)
-        shutil.rmtree(path, ignore_errors=True)  # rename cannot replace a filled folder
+        if path.exists():
+            os.replace(path, aside)  # rename cannot replace a filled folder, and deleting it in place would tear it
         os.replace(temporary, path)
         sync(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in (temporary, aside):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove(path: Path) -> None:
@@ -77,16 +92,17 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def sweep(folder: Path, pattern: str) -> None:
-    """Remove what killed processes left: temporary files of finished work (a pattern of final names), or of dead processes."""
-    for leftover in {*folder.glob(f".{pattern}.*.tmp"), *filter(_abandoned, folder.glob(".*.tmp"))}:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+def sweep(folder: Path, finished: str | None = None) -> None:
+    """Remove what killed processes left: temporary files of dead processes, or of finished work (a pattern of final names)."""
+    done = folder.glob(f".{finished}.*.tmp") if finished else ()
+    for leftover in {*done, *filter(_abandoned, folder.glob(".*.tmp"))}:
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def _abandoned(temporary: Path) -> bool:
     """Tell whether the process that made a temporary file ran on this machine and is dead."""
-    host, pid, _ = temporary.name.removesuffix(".tmp").rpartition(".")[2].rsplit("-", 2)
-    return host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
+    made = re.fullmatch(rf"\..*\.{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{8}}\.tmp", temporary.name)
+    return made is not None and not Path(f"/proc/{made[1]}").exists()
 
 
 def canonical(value: Any) -> bytes:
@@ -94,18 +110,34 @@ def canonical(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, atomically."""
+def sealed(value: dict[str, Any]) -> bytes:
+    """Return the JSON text of an object with a checksum of itself, which `read_json` compares."""
+    return canonical({**value, "seal": _seal(json.loads(canonical(value)))})  # as it will be read: keys are text
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return digest(json.dumps(value, sort_keys=True).encode())
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write an object as sealed JSON, atomically."""
     with atomic(path) as file:
-        file.write(canonical(value))
+        file.write(sealed(value))
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; one that is no JSON is an error that names it."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object that `write_json` wrote; anything else is an error that names the file."""
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_bytes())
+        whole = isinstance(value, dict) and value.pop("seal", None) == _seal(value)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not whole:
+        raise ValueError(
+            f"{path}: its seal does not fit: damaged, edited by hand, or written by another version; restore it, or delete it "
+            "and run the command that makes it again"
+        )
+    return value
 
 
 def digest(data: bytes) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from data.batch import Batch, Set
 from data.digits import CLASSES, Item, digits
-from data.files import canonical, digest
+from data.files import canonical, digest, naming
+from data.form import SHA256, conform
 from data.noise import permutation
 from data.progress import Meter
 from data.shards import ShardReader, ShardWriter
@@ -117,6 +118,7 @@ def pack_split(writer: ShardWriter, items: list[Item], meter: Meter, unreadable:
     for number in writer.numbers():
         if record := writer.finished(number):
             meter.add(len(writer.indices(number)))
+            conform(record, {"skipped": [str]}, f"{writer.folder}: record of shard {number}")
             unreadable.extend(record["skipped"])
         else:
             skipped: list[str] = []
@@ -136,6 +138,7 @@ class Images(Set):
         self.path, self.cache = path, cache
         self.reader = ShardReader(path, "images")
         self.manifest = self.reader.manifest
+        conform(self.manifest, {"classes": (None, [str]), "listing": SHA256}, f"{path}/manifest.json")
         self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
@@ -145,15 +148,17 @@ class Images(Set):
         """Return image i as uint8, (C, H, W)."""
         if i not in self._kept:
             sample = self.reader[i]
-            field = next(field for field in FIELDS if field in sample)
-            pixels = np.asarray(Image.open(io.BytesIO(sample[field].tobytes())))
-            self._kept[i] = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+            with naming(f"{self.path}: image {i} ({sample['__key__']})"):
+                data = next(sample[field] for field in FIELDS if field in sample)
+                pixels = np.asarray(Image.open(io.BytesIO(data.tobytes())))
+                self._kept[i] = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
             if len(self._kept) > self.cache:
                 self._kept.popitem(last=False)
         return self._kept[i]
 
     def read(self, indices: np.ndarray) -> Batch:
-        stacked = torch.from_numpy(np.stack([self.pixels(int(i)) for i in indices]))
+        with naming(self.path):  # foreign images may differ in size
+            stacked = torch.from_numpy(np.stack([self.pixels(int(i)) for i in indices]))
         return Batch(stacked.float() / 127.5 - 1, latent=False, condition=labels(self.reader, indices))
 
 

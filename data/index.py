@@ -1,13 +1,16 @@
 """Indexing tars that others made, so that they are read like our own: offsets beside them, and a manifest."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 
-from data.files import canonical, checksum, digest, read_json, write_json
+from data.files import canonical, checksum, digest, write_json
+from data.form import COUNT, conform, shown
 from data.images import FIELDS
 from data.progress import Meter
-from data.shards.write import FORMAT, described, index_tar, write_offsets
+from data.shards.manifest import FORMAT, read_record
+from data.shards.write import described, index_tar, write_offsets
 
 
 def index(folder: Path) -> None:
@@ -43,14 +46,18 @@ def index(folder: Path) -> None:
 def index_one(tar: Path) -> tuple[dict, int]:
     """Index one tar (again only if it changed); return its record and its largest class number, or -1."""
     record_path, offsets_path = tar.with_suffix(".json"), tar.with_suffix(".npy")
-    if record_path.exists() and offsets_path.exists() and (record := read_json(record_path))["xxh3"] == checksum(tar):
+    record = read_record(record_path)
+    if record and offsets_path.exists() and [record["xxh3"], record["offsets"]] == [checksum(tar), checksum(offsets_path)]:
+        conform(record, {"largest_class": range(-1, COUNT.stop)}, str(record_path))
         return record, record["largest_class"]
     fields, offsets = index_tar(tar)
     write_offsets(offsets_path, offsets)
     largest = -1
     if "cls" in fields:
         data = np.memmap(tar, np.uint8, "r")
-        spans = offsets[:, fields.index("cls")]
-        largest = max(int(data[start : start + size].tobytes()) for start, size, _ in spans if start >= 0)
+        told = [data[start : start + size].tobytes() for start, size, _ in offsets[:, fields.index("cls")] if start >= 0]
+        if wrong := [text for text in told if not re.fullmatch(rb"[0-9]{1,9}", text)]:
+            raise ValueError(f"{tar}: .cls of a sample is {shown(wrong[0])}, wanted a class number")
+        largest = max(map(int, told))
     write_json(record_path, record := {**described(tar, fields, offsets), "largest_class": largest})
     return record, largest

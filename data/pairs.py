@@ -10,10 +10,18 @@ from torch import Tensor
 
 from data.batch import Batch, Set
 from data.files import digest
+from data.form import COUNT, NUMBER, SHA256, conform
 from data.images import labels
 from data.latents import latent_sample
 from data.noise import GENERATOR, noise
 from data.shards import ShardReader, ShardWriter, decode_array, encode_array
+
+FORM = {
+    "count": COUNT,
+    "noise": {"seed": range(2**64), "checksums": {NUMBER: SHA256}},
+    "shape": [range(1, 2**16)],
+    "store_noise": bool,
+}  # of what a pair set's manifest says beside that of any set
 
 
 def noise_checksums(seed: int, count: int, shape: Sequence[int]) -> dict[str, str]:
@@ -79,12 +87,13 @@ class PairSet:
     def __init__(self, folder: str | Path):
         self.reader = ShardReader(folder, "pairs")
         self.manifest = self.reader.manifest
+        conform(self.manifest, FORM, f"{folder}/manifest.json")
         self.seed, self.shape = self.manifest["noise"]["seed"], tuple(self.manifest["shape"])
         if self.manifest["count"] != len(self.reader):
             raise ValueError(f"{folder}: {len(self.reader)} pairs of {self.manifest['count']}; collect them again")
-        checked = {} if self.manifest["store_noise"] else self.manifest["noise"]["checksums"]
-        for index, bits in checked.items():
-            if digest(noise(self.seed, int(index), self.shape).numpy().tobytes()) != bits:
+        here = {} if self.manifest["store_noise"] else noise_checksums(self.seed, len(self.reader), self.shape)
+        for index, bits in here.items():
+            if self.manifest["noise"]["checksums"].get(index) != bits:
                 raise ValueError(f"{folder}: noise {index} has other bits here than where the pairs were collected")
 
     def __len__(self) -> int:
@@ -119,7 +128,7 @@ class Pairs(Set):
 
     def agree(self, key: str, wanted: Any) -> None:
         """Refuse to go on when the set's provenance says otherwise than the configuration."""
-        if (found := self.manifest[key]) != wanted:
+        if (found := self.manifest.get(key)) != wanted:
             raise ValueError(f"{self.path}: collected with {key} {found}, the configuration says {wanted}")
 
     def read(self, indices: np.ndarray) -> Batch:

@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from deploy.hints import explain, nearest, one_line
@@ -62,7 +63,7 @@ def call(verb: str, args: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Bad input is one line and exit code 2; RECTIFY_TRACEBACK=1 shows where it arose."""
+    """Run one verb. Bad input is one line and exit code 2 (RECTIFY_TRACEBACK=1 shows where it arose), a defect of ours 1."""
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch: idle OpenMP threads must not starve other ranks
     words = list(sys.argv[1:] if argv is None else argv)
     if not words:
@@ -80,10 +81,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"rectify: error: {one_line(error)}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"rectify: error: not enough memory: {one_line(error)}; lower the batch or the size asked for", file=sys.stderr)
+        return 2
     except FloatingPointError as error:
         print(f"rectify: error: {one_line(error)}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("rectify: stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    except Exception:
+        traceback.print_exc()
+        print("rectify: error: a defect of rectify; please report it with the lines above and the command", file=sys.stderr)
+        return 1
     return 0

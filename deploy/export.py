@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel, DPMSolv
 from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 
-from data.files import atomic_folder, canonical, read_json
+from data.files import atomic_folder, read_json, sealed
 from models import teacher as teachers
 from models.clock import Tabulated
 from models.codec import KL
@@ -122,7 +122,7 @@ def export(run: Path, out: Path, steps: int = 4) -> None:
     weights, before = teachers.fingerprint(denoiser), out / "export.json"
     if out.exists() and not before.exists() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"{out}: exists and is no export of ours; choose another --out")
-    if before.exists() and (record := read_json(before))["denoiser"] == weights and record["steps"] == steps:
+    if before.exists() and (record := read_json(before)).get("denoiser") == weights and record.get("steps") == steps:
         log.info("%s is finished", out)
         return
     vae = AutoencoderKL.from_config(codec.vae.config)
@@ -138,7 +138,7 @@ def export(run: Path, out: Path, steps: int = 4) -> None:
             )
         (folder / "README.md").write_text(card(run, steps, denoiser, worst, max(gap["native_grid"] for gap in gaps.values())))
         record = {"format": 1, "denoiser": weights, "max_abs_diff": worst, "gaps": gaps, "steps": steps}
-        (folder / "export.json").write_bytes(canonical(record))
+        (folder / "export.json").write_bytes(sealed(record))
 
 
 def card(run: Path, steps: int, denoiser: Denoiser, worst: float, native: float) -> str:

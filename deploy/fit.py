@@ -12,14 +12,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, Namespace
+import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from data.files import atomic
+from data.files import atomic, naming
 from data.stream import Stream
 from deploy.hints import explain, one_line
 from models import teacher
@@ -125,6 +126,9 @@ class Fit(LightningCLI):
 
 def fit(args: Sequence[str]) -> None:
     """Train what a configuration says, from its newest checkpoint on if there is one."""
+    for path in (Path(word.removeprefix("--config=")) for word in args if word.endswith((".yaml", ".yml"))):
+        with naming(path):  # the parser would overflow its stack on endless nesting
+            yaml.safe_load(path.read_text()) if path.is_file() else None
     import_components()
     warnings.filterwarnings("ignore", r".*(LightningCLI's args parameter|does not have many workers|treespec|LeafSpec).*")
     for chatty in ("lightning.pytorch", "lightning.fabric"):
@@ -139,18 +143,23 @@ def fit(args: Sequence[str]) -> None:
             run=False,
             args=list(args),
         )
-    except (ArgumentError, ValueError) as error:  # a constructor's own ValueError comes wrapped in its key's types
-        raise ValueError(f"fit: {explain(error, Fit.names)}") from None
     except MisconfigurationException as error:
-        raise ValueError(f"fit: trainer: {one_line(error)}") from None
+        raise ValueError(f"fit: trainer: {one_line(error)}") from error
+    except OSError:
+        raise
+    except Exception as error:  # constructors, torch's too, raise many kinds on values that they cannot take
+        raise ValueError(f"fit: {explain(error, Fit.names)}") from error
     cli.trainer.strategy.checkpoint_io = WholeFiles()
     callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.newest, weights_only=True)
-    except RuntimeError as error:
-        if (said := out_of_memory(error, cli.trainer)) is None:
-            raise
-        raise ValueError(said) from error
+    except (LookupError, AttributeError, RuntimeError, TypeError) as error:
+        if said := out_of_memory(error, cli.trainer):
+            raise ValueError(said) from error
+        if any(isinstance(callback, Checkpoints) and callback.saved >= 0 for callback in callbacks):
+            raise  # training had begun: neither the configuration nor the checkpoint is to blame
+        what = f"{cli.newest}: cannot go on from it" if cli.newest else "fit: cannot begin"
+        raise ValueError(f"{what} ({type(error).__name__}: {one_line(error)})") from error
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
     if "wandb" in sys.modules:

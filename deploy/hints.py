@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterable
 
+LONGEST = 1000  # characters of one line
 OURS = ("models", "data", "trainer")
 
 
@@ -16,8 +17,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message on one line."""
-    return re.sub(r"\s*\n\s*", " ", str(error)).strip()
+    """Return an error's message on one line; of what a reading process raised, its own message without the trace."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].partition(": ")[2]
+    text = re.sub(r"\s*\n\s*", " ", text)
+    return text if len(text) < LONGEST else f"{text[:LONGEST]}..."
 
 
 def classes() -> list[str]:

@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import json
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from data.files import canonical, digest, read_json, write_json
+from data.files import canonical, digest, naming, read_json, write_json
+from data.form import NAME, PATH, conform, shown
 from deploy.cli import VERBS
 
 
@@ -28,24 +30,26 @@ def command(stage: dict[str, Any], out: Path, quick: bool) -> list[str]:
 
 def fingerprint(words: list[str], before: str) -> str:
     """Return a checksum of a command, of the YAML that it reads, and of everything before it."""
-    files = [yaml.safe_load(Path(word).read_text()) for word in words if word.endswith(".yaml") and Path(word).is_file()]
+    files = []
+    for path in (Path(word) for word in words if word.endswith(".yaml") and Path(word).is_file()):
+        with naming(path):
+            files.append(json.loads(canonical(yaml.safe_load(path.read_text()))))
     return digest(canonical([words, files, before]))
 
 
 def load(config: Path) -> dict[str, Any]:
     """Read and check a pipeline."""
-    try:
+    with naming(config):
         pipeline = yaml.safe_load(config.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{config}: not valid YAML ({error})") from None
-    if not isinstance(pipeline, dict) or not {"out", "stages"} <= pipeline.keys() or not isinstance(pipeline["stages"], list):
-        raise ValueError(f"{config}: a pipeline needs `out` and a list of `stages`")
+    conform(pipeline, {"out": PATH, "stages": [dict]}, f"{config}: a pipeline needs `out` and `stages`")
     for stage in pipeline["stages"]:
-        verbs = [key for key in stage if key not in ("name", "quick")] if isinstance(stage, dict) else []
+        verbs = [key for key in stage if key not in ("name", "quick")]
         if len(verbs) != 1 or verbs[0] not in VERBS or not isinstance(stage[verbs[0]], dict):
-            raise ValueError(f"{config}: stage {stage!r} needs a `name` and one verb of {', '.join(VERBS)} with its options")
-    names = [stage.get("name") for stage in pipeline["stages"]]
-    if None in names or len(set(names)) < len(names):
+            raise ValueError(f"{config}: stage {shown(stage)} needs a `name` and one verb of {', '.join(VERBS)} with its options")
+        conform(stage, {"name": NAME}, f"{config}: stage {shown(stage)}")
+        conform(stage.get("quick"), (None, dict), f"{config}: stage {stage['name']}: quick")
+    names = [stage["name"] for stage in pipeline["stages"]]
+    if len(set(names)) < len(names):
         raise ValueError(f"{config}: every stage needs a `name` of its own, got {names}")
     return pipeline
 
@@ -97,7 +101,7 @@ def walk(stages: list[dict[str, Any]], out: Path, quick: bool) -> None:
             f"[{place}/{len(stages)}] {stage['name']}",
         )
         if record.exists():
-            if read_json(record)["fingerprint"] != stamp:
+            if read_json(record).get("fingerprint") != stamp:
                 raise ValueError(
                     f"{out}: stage {stage['name']} was finished with other settings; choose another --out or delete {out}"
                 )

@@ -1,11 +1,19 @@
 """Codecs: image <-> latent. Images are float32 in [-1, 1], shape (B, C, H, W)."""
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL  # importing it takes a second
+
+CHECKSUMS = "checksums.json"  # in a codec folder that we wrote: the sha256 of its other files
 
 
 class Codec(nn.Module, ABC):
@@ -44,7 +52,12 @@ class KL(Codec):
         if not (Path(path) / "config.json").is_file():
             raise FileNotFoundError(f"{path}: no config.json there; a codec is a diffusers AutoencoderKL folder")
         self.path = path
-        self.vae = AutoencoderKL.from_pretrained(path, use_safetensors=True).eval().requires_grad_(False)
+        _compare(Path(path))
+        try:
+            self.vae = AutoencoderKL.from_pretrained(path, use_safetensors=True).eval().requires_grad_(False)
+        except Exception as error:  # diffusers, safetensors and torch each raise kinds of their own on a damaged folder
+            why = str(error).strip() or type(error).__name__
+            raise ValueError(f"{path}: not a readable diffusers AutoencoderKL ({why})") from error
 
     @property
     def scale(self) -> float:
@@ -66,7 +79,34 @@ class KL(Codec):
 
     def save(self, path: Path) -> None:
         """Write the diffusers folder, weights as safetensors."""
-        self.vae.save_pretrained(path)
+        save(self.vae, path)
+
+
+def save(vae: "AutoencoderKL", path: Path) -> None:
+    """Write an autoencoder as a diffusers folder, with the checksums of its files beside them."""
+    try:
+        vae.save_pretrained(path)
+    except SafetensorError as error:  # safetensors hides the operating system's error, a full disk say
+        raise OSError(f"{path}: {error}") from error
+    (path / CHECKSUMS).write_text(json.dumps({file.name: _sha256(file) for file in sorted(path.iterdir())}, indent=1) + "\n")
+
+
+def _compare(path: Path) -> None:
+    """Compare a folder's files with its checksums; folders that others made have none."""
+    if not (path / CHECKSUMS).exists():
+        return
+    try:
+        sums = dict(json.loads((path / CHECKSUMS).read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path / CHECKSUMS}: not valid JSON ({error}); restore it or make the codec again") from None
+    for name, wanted in sums.items():
+        if not (path / Path(name).name).is_file() or _sha256(path / Path(name).name) != wanted:
+            raise ValueError(f"{path / name}: its checksum is not the one in {CHECKSUMS}; restore it or make the codec again")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(path: str | Path | None) -> Codec:

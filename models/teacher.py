@@ -4,8 +4,12 @@ import hashlib
 import importlib
 import inspect
 import json
+import re
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import torch
 from safetensors import safe_open
@@ -16,6 +20,7 @@ from models.codec import Codec
 from models.condition import Condition
 from models.denoiser import Denoiser
 
+CODEC = "codec"  # folder of the frozen codec in a run
 FORMAT = 1  # of what `Generator` adds to a checkpoint under "rectify"
 
 
@@ -45,7 +50,27 @@ def build(spec: Any) -> Any:
     if not module.startswith("models."):
         raise ValueError(f"class_path {spec['class_path']}: a checkpoint may only name classes of `models`")
     cls = getattr(importlib.import_module(module), name)
-    return cls(**{key: build(value) for key, value in spec["init_args"].items()})
+    if not isinstance(cls, type) or cls.__module__ != module:
+        raise ValueError(f"class_path {spec['class_path']}: no class of {module}")
+    arguments = {key: build(value) for key, value in spec["init_args"].items()}
+    for key, parameter in inspect.signature(cls, eval_str=True).parameters.items():
+        if key in arguments and not _suits(arguments[key], parameter.annotation):
+            raise TypeError(f"{name}: {key} is {arguments[key]!r}, wanted {parameter.annotation}")
+    return cls(**arguments)
+
+
+def _suits(value: Any, hint: Any) -> bool:
+    """Tell whether a value is of an annotated type, as far as classes, unions and sequences say it."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_suits(value, part) for part in parts)
+    if kind in (list, tuple, Sequence):
+        return isinstance(value, list | tuple) and all(_suits(part, parts[0]) for part in value if parts)
+    if kind in (bool, int, str):
+        return type(value) is kind
+    if kind is float:
+        return type(value) in (int, float)
+    return isinstance(value, kind) if isinstance(kind, type) else True
 
 
 def read(path: str | Path, tensors: bool = True) -> dict:
@@ -65,6 +90,9 @@ def read(path: str | Path, tensors: bool = True) -> dict:
                 checkpoint = {"rectify": json.loads(file.metadata()["rectify"]), "state_dict": {}}
                 checkpoint["ema"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         else:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums of what it reads
+                if torn := archive.testzip():
+                    raise ValueError(f"the checksum of {torn} in it does not fit")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
@@ -75,6 +103,9 @@ def read(path: str | Path, tensors: bool = True) -> dict:
         raise ValueError(f"{path}: not a checkpoint of ours (it has no `rectify` entry); give a run folder made by `rectify fit`")
     if (found := checkpoint["rectify"].get("format")) != FORMAT:
         raise ValueError(f"{path}: checkpoint format {found}, this version reads {FORMAT}")
+    named = re.fullmatch(r"step=(\d+)", Path(path).stem)
+    if named and (step := checkpoint.get("global_step", int(named[1]))) != int(named[1]):
+        raise ValueError(f"{path}: holds step {step}; give it its own name back")
     return checkpoint
 
 
@@ -106,9 +137,12 @@ def load(path: str | Path) -> tuple[Denoiser, Codec, Condition]:
     try:
         denoiser, condition = build(spec["denoiser"]), build(spec["condition"])
         denoiser.load_state_dict(checkpoint.get("ema") or weights(checkpoint))
-    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{file}: its description and weights do not make a denoiser here ({error})") from error
-    codec = codecs.load(file.resolve().parent.parent / spec["codec"] if spec["codec"] else None)
+        if not isinstance(denoiser, Denoiser) or not isinstance(condition, Condition) or spec["codec"] not in (None, CODEC):
+            raise ValueError(f"it describes {type(denoiser)}, {type(condition)} and codec {spec['codec']!r}")
+    except Exception as error:  # constructors and torch raise many kinds on descriptions and weights that do not fit
+        why = f"no entry {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise ValueError(f"{file}: its description and weights do not make a denoiser here ({why})") from error
+    codec = codecs.load(file.resolve().parent.parent / CODEC if spec["codec"] else None)
     return denoiser.eval().requires_grad_(False), codec, condition
 
 

@@ -13,6 +13,20 @@ import torch
 REPOSITORY = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser):
+    """Add --long: every seed of the campaigns (kills, fuzz), not only the few that CI runs."""
+    parser.addoption("--long", action="store_true", help="run all seeds of the campaigns; `make test-long` keeps their log")
+
+
+@pytest.fixture(scope="session")
+def chronicle(request):
+    """Return a function that adds a line to the log of campaigns; docs/test-long.log keeps those of a --long run."""
+    lines: list[str] = []
+    yield lines.append
+    if request.config.getoption("--long"):
+        (REPOSITORY / "docs" / "test-long.log").write_text("\n".join(["make test-long", *lines]) + "\n")
+
+
 def pytest_collection_modifyitems(items):
     """Skip GPU tests, with the reason, where there is none."""
     if not torch.cuda.is_available():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from data.files import atomic_folder
-from models import teacher
+from models import codec, teacher
 from trainer.draws import Draws
 
 
@@ -72,4 +72,4 @@ class Autoencoder(LightningModule):
         checkpoint["rectify"] = {"format": teacher.FORMAT, "autoencoder": self._spec()}
         if self.trainer.is_global_zero:
             with atomic_folder(Path(self.trainer.default_root_dir) / "codec") as folder:
-                self.vae.save_pretrained(folder)
+                codec.save(self.vae, folder)

@@ -114,7 +114,8 @@ class Generator(LightningModule):
             raise ValueError(f"model.denoiser.net.classes is {told}, model.condition has {classes}: make them equal")
         if found["kind"] == "latents" and not isinstance(self.codec, KL):
             raise ValueError("model.codec: the data are latents; give the codec folder beside them (LATENTS/codec)")
-        if found["kind"] == "latents" and isinstance(self.codec, KL) and found["codec"] != self.codec.weights():
+        weights = self.codec.weights() if isinstance(self.codec, KL) else None  # foreign latents do not tell theirs
+        if found["kind"] == "latents" and isinstance(self.codec, KL) and found.get("codec", weights) != weights:
             raise ValueError(f"model.codec: {self.codec.path} is not the codec that {source} was encoded with")
         x = one.x if one.latent else self._codec[0].encode(one.x)
         if x.shape[1:] != self.denoiser.shape:

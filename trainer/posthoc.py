@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from data.files import replacing
+from data.files import atomic, naming
 from models import teacher
+from trainer.tensors import read_tensors
 
 
 def exponent(width: float) -> float:
@@ -49,11 +49,14 @@ def ema(run: Path, width: float, out: Path | None = None) -> None:
     steps = np.array([float(file.stem.removeprefix("step=")) for file in files]).repeat(len(names))
     found = weights(steps, np.array([exponent(float(name)) for name in names] * len(files)), int(steps.max()), gamma)
     total: dict[str, Tensor] = {key: torch.zeros_like(value, dtype=torch.float64) for key, value in checkpoint["ema"].items()}
-    for file, parts in zip(files, found.reshape(len(files), len(names))):
-        with safe_open(file, "pt") as snapshot:
+    for path, parts in zip(files, found.reshape(len(files), len(names))):
+        with naming(path):
+            snapshot, about = read_tensors(path)
+            if int(about["step"]) != int(path.stem.removeprefix("step=")):
+                raise ValueError(f"{path}: holds step {about['step']}; give it its own name back")
             for name, weight in zip(names, parts):
                 for key, value in total.items():
-                    value.add_(snapshot.get_tensor(f"{name}/{key}").double(), alpha=float(weight))
+                    value.add_(snapshot[f"{name}/{key}"].double(), alpha=float(weight))
     average = {key: value.to(checkpoint["ema"][key].dtype) for key, value in total.items()}
-    with replacing(out or run / "ema" / f"width={width:g}.ckpt") as temporary:
-        torch.save({"rectify": checkpoint["rectify"], "state_dict": {}, "ema": average}, temporary)
+    with atomic(out or run / "ema" / f"width={width:g}.ckpt") as file:
+        torch.save({"rectify": checkpoint["rectify"], "state_dict": {}, "ema": average}, file)

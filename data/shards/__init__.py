@@ -7,8 +7,9 @@ set/000000.json     count, bytes, sha256: a shard without this one is not finish
 set/manifest.json   the plan and the list of shards: a set without this one is not finished
 """
 
+from data.shards.manifest import read_manifest
 from data.shards.order import Order, order
-from data.shards.read import ShardReader, decode_array, read_manifest
+from data.shards.read import ShardReader, decode_array
 from data.shards.write import ShardWriter, encode_array
 
 __all__ = ["Order", "ShardReader", "ShardWriter", "decode_array", "encode_array", "order", "read_manifest"]

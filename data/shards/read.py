@@ -15,46 +15,11 @@ import numpy as np
 import xxhash
 from numpy.lib.stride_tricks import as_strided
 
-from data.files import read_json
-from data.shards.write import BLOCK, FORMAT, split_name
+from data.files import naming
+from data.shards.manifest import read_manifest
+from data.shards.write import BLOCK, split_name
 
 OPEN = 64  # shards kept mapped at once: a map holds a file descriptor
-
-
-def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
-    """Read and check the manifest of a finished set (of a certain kind).
-
-    Raises:
-        FileNotFoundError: no such folder, no manifest (an unfinished set), or a shard is missing.
-        ValueError: another format or kind, or a shard whose size is not the recorded one.
-    """
-    folder = Path(folder)
-    path = folder / "manifest.json"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    if not path.is_file():
-        begun = (folder / "plan.json").exists()
-        raise FileNotFoundError(
-            f"{folder}: an unfinished set; run the command that makes it again"
-            if begun
-            else f"{folder}: no manifest.json there, so no set of shards; make one with `rectify pack`, `encode` or `collect`"
-        )
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a manifest of format {FORMAT}, which this version reads")
-    if kind and manifest.get("kind") != kind:
-        raise ValueError(f"{folder}: holds {manifest.get('kind')}, wanted {kind}")
-    if not {"kind", "samples", "shards"} <= manifest.keys() or manifest["samples"] != sum(s["count"] for s in manifest["shards"]):
-        raise ValueError(f"{path}: its entries do not add up; run the command that makes the set again")
-    if not manifest["samples"]:
-        raise ValueError(f"{folder}: an empty set")
-    for shard in manifest["shards"]:
-        tar = folder / shard["name"]
-        if not tar.is_file():
-            raise FileNotFoundError(f"{tar}: named in the manifest but missing; restore it or make the set again")
-        if tar.stat().st_size != shard["bytes"]:
-            raise ValueError(f"{tar}: {tar.stat().st_size} bytes, the manifest says {shard['bytes']} (truncated?)")
-    return manifest
 
 
 @lru_cache(maxsize=64)
@@ -105,15 +70,21 @@ class Shard:
         beside = tar.with_suffix(".npy")
         self.tar, self.fields = tar, {name: column for column, name in enumerate(record["fields"])}
         populate = 0 if verified else mmap.MAP_POPULATE  # all of it is about to be read
-        mapped, index = (mapping(path, populate) for path in (tar, beside))
+        with naming(tar):
+            mapped = mapping(tar, populate)
+        with naming(beside):
+            index = mapping(beside, populate)
         for path, data, key in () if verified else ((tar, mapped, "xxh3"), (beside, index, "offsets")):
             if xxhash.xxh3_128_hexdigest(data) != record[key]:
                 raise ValueError(f"{path}: its checksum is not the manifest's; restore it or make the set again")
-        self.data, self.offsets = np.frombuffer(mapped, np.uint8), decode_array(np.frombuffer(index, np.uint8))
-        if self.offsets.shape != (record["count"], len(self.fields), 3):
-            raise ValueError(f"{beside}: offsets of shape {self.offsets.shape} do not fit the manifest")
+        with naming(beside):
+            self.data, self.offsets = np.frombuffer(mapped, np.uint8), decode_array(np.frombuffer(index, np.uint8))
+        if self.offsets.shape != (record["count"], len(self.fields), 3) or self.offsets.dtype != np.int64:
+            raise ValueError(f"{beside}: offsets {self.offsets.dtype} {self.offsets.shape} do not fit the manifest")
         starts, lengths, _ = np.moveaxis(self.offsets, -1, 0)
-        if (starts[lengths >= 0] % BLOCK).any() or (starts + lengths).max() > len(self.data) - BLOCK:
+        there, limit = lengths >= 0, len(self.data) - BLOCK
+        outside = (starts % BLOCK > 0) | (starts < BLOCK) | (starts > limit) | (lengths > limit - starts)
+        if outside[there].any() or not there.any(1).all():
             raise ValueError(f"{beside}: its offsets do not fit {tar.name}; make the set again")
         self.shortest, self.longest = lengths.min(0).tolist(), lengths.max(0).tolist()
         self._views: dict[int, np.ndarray] = {}
@@ -145,7 +116,7 @@ class Shard:
         """Return {"__key__": name, field: uint8 view} of one row."""
         spans = self.offsets[row].tolist()
         header = max(span[0] for span in spans) - BLOCK  # of any field that is there: the name stands first
-        name = bytes(self.data[header : header + 100]).partition(b"\0")[0].decode()
+        name = bytes(self.data[header : header + 100]).partition(b"\0")[0].decode(errors="replace")
         sample: dict[str, Any] = {"__key__": (split_name(name) or (name, ""))[0]}
         for field, (start, length, wanted) in zip(self.fields, spans):
             if start >= 0:
@@ -187,7 +158,12 @@ class ShardReader:
 
     def arrays(self, field: str, indices: np.ndarray) -> np.ndarray:
         """Return the .npy arrays of a field at these indices, in this order, (B, ...)."""
-        return self._together(indices, lambda shard, rows: decode_arrays(shard.gather(field, rows, self.verify)[0]))
+
+        def decode(shard: Shard, rows: np.ndarray) -> np.ndarray:
+            with naming(shard.tar):
+                return decode_arrays(shard.gather(field, rows, self.verify)[0])
+
+        return self._together(indices, decode)
 
     def numbers(self, field: str, indices: np.ndarray) -> np.ndarray:
         """Return the whole numbers written as text in a field at these indices, (B,) int64."""

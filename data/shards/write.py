@@ -12,8 +12,8 @@ import xxhash
 from webdataset import TarWriter
 
 from data.files import atomic, canonical, checksum, digest, file_digest, read_json, sweep, write_json
+from data.shards.manifest import FORMAT, read_record
 
-FORMAT = 2
 BLOCK = 512  # of a tar: headers and members begin at its multiples
 
 
@@ -43,6 +43,8 @@ def index_tar(path: Path) -> tuple[list[str], np.ndarray]:
         with tarfile.open(path, "r:") as tar:
             data = np.memmap(path, np.uint8, "r").data
             for member in tar:
+                if member.issparse():
+                    raise ValueError(f"{path}: {member.name} is stored sparsely; pack the tar again without --sparse")
                 if member.isfile() and (name := split_name(member.name)):
                     start, size = member.offset_data, member.size
                     if start + -(-size // BLOCK) * BLOCK > len(data) - BLOCK:
@@ -103,13 +105,10 @@ class ShardWriter:
 
     def finished(self, number: int) -> dict[str, Any] | None:
         """Return a finished shard's record, or None if it is still to be made (or was damaged since)."""
-        path = self._path(number, "json")
-        if not path.exists():
+        record, tar = read_record(self._path(number, "json")), self._path(number, "tar")
+        if record is None or record.get("stamp") != self.stamp or not self._path(number, "npy").exists():
             return None
-        record = read_json(path)
-        tar = self._path(number, "tar")
-        whole = tar.exists() and tar.stat().st_size == record["bytes"] and self._path(number, "npy").exists()
-        return record if whole and record["stamp"] == self.stamp else None
+        return record if tar.exists() and tar.stat().st_size == record["bytes"] else None
 
     def missing(self) -> list[int]:
         """Return the numbers of the shards still to be made."""

@@ -1,7 +1,6 @@
 """Sets of shards: what is written is read, what is damaged is refused, and the order is a pure function."""
 
 import io
-import json
 import os
 import tarfile
 import time
@@ -12,6 +11,7 @@ import pytest
 import torch
 import webdataset
 
+from data.files import read_json, write_json
 from data.noise import noise
 from data.pairs import Pairs, PairSet, PairWriter
 from data.shards import Order, ShardReader, ShardWriter, decode_array, encode_array, order
@@ -154,8 +154,8 @@ def test_another_format_or_kind_is_refused(tmp_path):
     write(tmp_path)
     with pytest.raises(ValueError, match="holds latents, wanted pairs"):
         ShardReader(tmp_path, "pairs")
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    manifest = read_json(tmp_path / "manifest.json")
+    write_json(tmp_path / "manifest.json", {**manifest, "format": 99})
     with pytest.raises(ValueError, match="not a manifest of format 2"):
         ShardReader(tmp_path)
 
@@ -242,9 +242,9 @@ def test_provenance_that_contradicts_is_refused_with_both_values(tmp_path):
 
 def test_other_noise_bits_are_refused(tmp_path):
     pairs(tmp_path)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest = read_json(tmp_path / "manifest.json")
     manifest["noise"]["checksums"]["0"] = "0" * 64
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    write_json(tmp_path / "manifest.json", manifest)
     with pytest.raises(ValueError, match="noise 0 has other bits here"):
         PairSet(tmp_path)
 
@@ -263,7 +263,7 @@ def test_a_set_of_a_hundred_million_samples_opens_at_once(tmp_path):
     for shard in shards:
         (tmp_path / shard["name"]).touch()
     manifest = {"format": 2, "kind": "latents", "samples": 10**8, "shards": shards}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    write_json(tmp_path / "manifest.json", manifest)
     tracemalloc.start()
     began = time.monotonic()
     reader = ShardReader(tmp_path)

@@ -1,4 +1,11 @@
-"""A run that nobody disturbed, to compare the others with."""
+"""A run that nobody disturbed, to compare the others with; a disk that can be full."""
+
+import os
+import resource
+import shutil
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -11,3 +18,50 @@ def undisturbed_run(workspace, tmp_path_factory):
     out = tmp_path_factory.mktemp("fit") / "run"
     workspace.rectify(*fit(out))
     return out
+
+
+class Tmpfs:
+    """A file system in memory, whose size is set as needed."""
+
+    says = "No space left on device"
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @contextmanager
+    def full(self, room: int, largest: int | None = None):
+        """Leave room for so many bytes more."""
+        used = shutil.disk_usage(self.folder).used
+        subprocess.run(["mount", "-o", f"remount,size={used + room}", self.folder], check=True)
+        yield
+        subprocess.run(["mount", "-o", "remount,size=64m", self.folder], check=True)
+
+
+class Limited:
+    """The best that can be had without the right to mount: files of commands started now may not grow past a size."""
+
+    says = "File too large"
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @contextmanager
+    def full(self, room: int, largest: int | None = None):
+        """Leave room for so many bytes in each file."""
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest or room, before[1]))
+        yield
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture(params=[Tmpfs, Limited])
+def small_disk(request, tmp_path):
+    """Return a folder on a disk that can be full: a small tmpfs (as root), and a limit on the size of files."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounts = request.param is Tmpfs
+    if mounts and (os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder]).returncode):
+        pytest.skip("mounting a small tmpfs needs root")
+    yield request.param(folder)
+    if mounts:
+        subprocess.run(["umount", folder], check=True)

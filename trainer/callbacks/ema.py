@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data.files import replacing
 from trainer.posthoc import exponent
+from trainer.tensors import write_tensors
 
 
 def local(value: Tensor) -> Tensor:
@@ -78,8 +77,7 @@ class EMA(Callback):
         flat = {f"{name}/{key}": full(value) for name in self.powers for key, value in self.averages[name].items()}
         if flat and trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "ema" / f"step={self.step:09d}.safetensors"
-            with replacing(path) as temporary:
-                save_file(flat, temporary)
+            write_tensors(path, flat, {"step": str(self.step)})
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the averages up where they were."""

@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from data.files import atomic
+from data.files import atomic, naming
+from data.form import COUNT, conform
 from data.progress import Meter
 
 
@@ -34,7 +35,7 @@ class Metrics(Callback):
         self.meter = Meter(f"fit {name}", trainer.max_steps, "steps", self.step, trainer.is_global_zero).__enter__()
         if trainer.is_global_zero and self.path.exists():
             with atomic(self.path) as file:
-                file.writelines(line + b"\n" for line in _whole(self.path) if json.loads(line)["step"] <= self.step)
+                file.writelines(line + b"\n" for line, values in read_log(self.path) if values["step"] <= self.step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Count the step, and write a line when one is due: means over the global batch, of all ranks and parts."""
@@ -59,6 +60,11 @@ class Metrics(Callback):
             meter.__exit__()
 
 
-def _whole(path: Path) -> list[bytes]:
-    """Return the lines of a log whose last one a kill may have torn."""
-    return path.read_bytes().split(b"\n")[:-1]
+def read_log(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return the lines of a log, and what they say; the last one may be torn by a kill, and is then left out."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    with naming(path):
+        log = [(line, json.loads(line)) for line in lines]
+    for number, (_, values) in enumerate(log, 1):
+        conform(values, {"step": COUNT, "loss": float}, f"{path}: line {number}")
+    return log

@@ -100,7 +100,7 @@ class Watch(Callback):
         return said + ")"
 
 
-def out_of_memory(error: RuntimeError, trainer: Trainer) -> str | None:
+def out_of_memory(error: Exception, trainer: Trainer) -> str | None:
     """Return what to change if an error means that memory ran out in training, else None."""
     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
         return None

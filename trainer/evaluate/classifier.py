@@ -4,14 +4,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.batch import Steps
-from data.files import replacing
+from data.files import naming
 from data.images import Images, read_all
 from data.progress import Meter
+from trainer.tensors import read_tensors, write_tensors
 
 STEPS, BATCH, SEED = 400, 128, 0
 
@@ -57,17 +56,14 @@ def trained(folder: Path, train: Images, heldout: Images) -> tuple[Classifier, f
     torch.random.set_rng_state(torch_state)
     origin = train.manifest["listing"]
     if path.exists():
-        try:
-            with safe_open(path, "pt") as file:
-                if file.metadata()["listing"] == origin:
-                    classifier.load_state_dict({name: file.get_tensor(name) for name in classifier.state_dict()})
-                    return classifier.eval(), float(file.metadata()["accuracy"])
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable classifier ({error}); delete it, it will be trained again") from None
+        with naming(f"{path} (delete it, it will be trained again)"):
+            tensors, about = read_tensors(path)
+            if about["listing"] == origin:
+                classifier.load_state_dict(tensors)
+                return classifier.eval(), float(about["accuracy"])
     _fit(classifier, train)
     score = accuracy(classifier, heldout)
-    with replacing(path) as temporary:
-        save_file(classifier.state_dict(), temporary, {"listing": origin, "accuracy": str(score)})
+    write_tensors(path, classifier.state_dict(), {"listing": origin, "accuracy": str(score)})
     return classifier, score
 
 

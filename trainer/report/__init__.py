@@ -3,7 +3,6 @@
 import base64
 import importlib.metadata
 import io
-import json
 import platform
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import matplotlib
 import matplotlib.image
 from matplotlib.figure import Figure
 
-from data.files import atomic, read_json, write_json
-from trainer.report.summary import models, summarize, table
+from data.files import atomic, naming, write_json
+from trainer.callbacks.metrics import read_log
+from trainer.report.summary import models, read_stages, summarize, table
 
 SHOWN = ("torch", "lightning", "diffusers", "accelerate", "webdataset", "numpy", "torchmetrics", "rectify")
 
@@ -68,7 +68,9 @@ def overview(run: Path, summary: dict[str, Any]) -> bytes:
     shown = [(name, steps[at][0]) for name, steps in models(summary) for at in (0, -1)]
     figure = Figure(figsize=(11, 2.1), layout="constrained")
     for axes, (name, steps) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown):
-        axes.imshow(matplotlib.image.imread(run / "evaluation" / name / f"samples-{steps}.png"), cmap="gray")
+        path = run / "evaluation" / name / f"samples-{steps}.png"
+        with naming(path):
+            axes.imshow(matplotlib.image.imread(path), cmap="gray")
         row = summary[name][str(steps)]
         axes.set_title(f"{name}, {steps} step{'s' * (steps > 1)}: FD {row['fd']:.2f}", fontsize=10)
         axes.axis("off")
@@ -86,16 +88,16 @@ def report(run: Path) -> None:
     matplotlib.use("agg")
     summary = summarize(run)
     write_json(run / "summary.json", summary)
-    logs = {path.parent.name: [json.loads(line) for line in path.open()] for path in sorted(run.glob("*/metrics.jsonl"))}
+    logs = {path.parent.name: [values for _, values in read_log(path)] for path in sorted(run.glob("*/metrics.jsonl"))}
     grids = {
         name: {
             path.stem.partition("-")[2]: embed(path.read_bytes())
-            for path in sorted((run / "evaluation" / name).glob("samples-*.png"), key=lambda p: int(p.stem.partition("-")[2]))
+            for path in [run / "evaluation" / name / f"samples-{steps}.png" for steps, _ in rows]
         }
-        for name, _ in models(summary)
+        for name, rows in models(summary)
     }
     picture = overview(run, summary)
-    stages = [read_json(path) for path in sorted((run / "stages").glob("*.json"))]
+    stages = read_stages(run).values()
     environment = jinja2.Environment(loader=jinja2.PackageLoader("trainer.report", "."), autoescape=True)
     page = environment.get_template("page.html.j2").render(
         run=run.name,
@@ -109,7 +111,7 @@ def report(run: Path) -> None:
         seconds=sum(stage["seconds"] for stage in stages),
         versions={name: importlib.metadata.version(name) for name in SHOWN},
         python=platform.python_version(),
-        configs={path.parent.name: path.read_text() for path in sorted(run.glob("*/config.yaml"))},
+        configs={path.parent.name: path.read_text(errors="replace") for path in sorted(run.glob("*/config.yaml"))},
     )
     with atomic(run / "overview.png") as file:
         file.write(picture)

@@ -1,14 +1,39 @@
 """The figures of a pipeline in one place: summary.json, and the table that is printed."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from data.files import read_json
+from data.form import COUNT, NUMBER, conform
+
+ROW = {"fd": float, "nfe": COUNT, "recall": float, "precision": float}
+EVALUATION = {
+    "steps": {NUMBER: ROW},
+    "first_orderness": float,
+    "floors": {"autoencoder": float, "bootstrap": float},
+    "classifier_accuracy_heldout": float,
+}
+EXPORT = {"max_abs_diff": float, "gaps": {NUMBER: {"native_grid": float}}}
+
+
+def read(path: Path, form: dict[Any, Any]) -> dict[str, Any]:
+    """Read a result of this form."""
+    value = read_json(path)
+    conform(value, form, str(path))
+    return value
+
+
+def read_stages(out: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of a pipeline's finished stages, in order, by name."""
+    form = {"words": [str], "seconds": float}
+    return {path.stem.partition("-")[2]: read(path, form) for path in sorted((out / "stages").glob("*.json"))}
 
 
 def summarize(out: Path) -> dict[str, Any]:
     """Return the summary of a pipeline's folder: floor, one entry per evaluated model, export, seconds."""
-    evaluations = {path.parent.name: read_json(path) for path in sorted((out / "evaluation").glob("*/evaluation.json"))}
+    paths = sorted((out / "evaluation").glob("*/evaluation.json"))
+    evaluations = {path.parent.name: read(path, EVALUATION) for path in paths}
     if not evaluations:
         raise FileNotFoundError(f"{out / 'evaluation'}: no evaluation.json below it; run `rectify evaluate` first")
     first = next(iter(evaluations.values()))
@@ -18,11 +43,10 @@ def summarize(out: Path) -> dict[str, Any]:
         summary[name] = evaluation["steps"]
     summary["first_orderness"] = {name: evaluation["first_orderness"] for name, evaluation in evaluations.items()}
     path = out / "export" / "export.json"
-    export = read_json(path) if path.exists() else {"max_abs_diff": None, "gaps": {}}
+    export = read(path, EXPORT) if path.exists() else {"max_abs_diff": None, "gaps": {}}
     summary["export_max_abs_diff"] = export["max_abs_diff"]
     summary["export_native_grid_diff"] = {steps: gap["native_grid"] for steps, gap in export["gaps"].items()}
-    stages = sorted((out / "stages").glob("*.json"))
-    summary["seconds"] = {path.stem.partition("-")[2]: read_json(path)["seconds"] for path in stages}
+    summary["seconds"] = {name: stage["seconds"] for name, stage in read_stages(out).items()}
     if {"teacher", "student"} <= evaluations.keys():
         summary["targets"] = targets(summary["teacher"], summary["student"])
     return summary
@@ -70,6 +94,6 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(f"{name}: {target['value']:.4f} ({bound}: {'met' if target['met'] else 'NOT met'})")
     if summary["export_max_abs_diff"] is not None:
         lines.append(f"export: images differ from our sampler's by at most {summary['export_max_abs_diff']:.1e}")
-        worst = max(summary["export_native_grid_diff"].values())
+        worst = max(summary["export_native_grid_diff"].values(), default=math.nan)
         lines.append(f"the scheduler's grid starts at sigma .999: images on our uniform grid differ by at most {worst:.1e}")
     return "\n".join(lines)
