@@ -38,7 +38,8 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:  # a full disk, say: name the file that was being written
-        error.filename = error.filename or str(path)
+        if error.errno:  # one of our own lines names its file itself
+            error.filename = error.filename or str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
