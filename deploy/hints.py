@@ -16,8 +16,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message on one line."""
-    return re.sub(r"\s*\n\s*", " ", str(error)).strip()
+    """Return an error's message on one line; a reading process's comes with its traceback, of which the last line counts."""
+    text = str(error)
+    if text.startswith("Caught ") and " in DataLoader worker process" in text:
+        text = re.split(r"\n[\w.]+: ", text)[-1]
+    return re.sub(r"\s*\n\s*", " ", text).strip()
 
 
 def classes() -> list[str]:

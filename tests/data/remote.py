@@ -7,6 +7,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
+from PIL import Image
 from webdataset import TarWriter
 
 from data.shards import encode_array
@@ -67,8 +68,6 @@ def tars(folder, counts, extra=None):
 
 def png(value, size=8, kind="PNG"):
     """Return an image file of one colour."""
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.new("RGB", (size, size), (value, value, value)).save(buffer, kind)
     return buffer.getvalue()
