@@ -14,8 +14,9 @@ from typing import BinaryIO
 
 import fsspec
 
-from data.files import replacing, sweep
+from data.files import checksum, replacing, sweep
 
+FOLDER, GIGABYTES = "~/.cache/rectify", "100"  # unless RECTIFY_CACHE and RECTIFY_CACHE_GB say otherwise
 SCHEMES = ("file", "gs", "hf", "http", "https", "memory", "s3")
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError)  # what trying again does not mend
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -58,28 +59,41 @@ class Cache:
     """A folder of downloaded files, shared by any number of processes. Local paths are opened where they are.
 
     A file that some process holds open, or maps, is never evicted: the folder may grow beyond the limit by what is in use.
-    A URL is taken to hold the same bytes for ever.
+    A URL is taken to hold the same bytes for ever, unless their checksum is given.
 
     Args:
-        folder: where the files go, under names that are hashes of their URLs.
-        limit: bytes kept.
+        folder: where the files go, under names that are hashes of their URLs; by default RECTIFY_CACHE, or ~/.cache/rectify.
+        limit: bytes kept; by default RECTIFY_CACHE_GB, or 100 GB.
         allow_pipe: run `pipe:` URLs, which are shell commands.
         tries: how often a download is tried.
         wait: seconds before the second try; doubled before each further one.
     """
 
-    def __init__(self, folder: str | Path, limit: int, allow_pipe: bool = False, tries: int = 4, wait: float = 1.0):
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        limit: int | None = None,
+        allow_pipe: bool = False,
+        tries: int = 4,
+        wait: float = 1.0,
+    ):
+        folder = folder or os.environ.get("RECTIFY_CACHE", FOLDER)
+        limit = int(float(os.environ.get("RECTIFY_CACHE_GB", GIGABYTES)) * 1e9) if limit is None else limit
         if limit < 1 or tries < 1:
             raise ValueError(f"{folder}: a cache's limit ({limit} bytes) and tries ({tries}) must be at least 1")
         self.folder, self.limit, self.allow_pipe = Path(folder).expanduser(), limit, allow_pipe
         self.tries, self.wait = tries, wait
 
-    def path(self, url: str) -> Path:
+    def path(self, url: str, xxh3: str = "") -> Path:
         """Return where a URL's file is kept: nothing in the name comes from the URL itself."""
-        return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()}.part"
+        return self.folder / f"{hashlib.sha256(f'{url} {xxh3}'.encode()).hexdigest()}.part"
 
-    def open(self, url: str) -> BinaryIO:
+    def open(self, url: str, xxh3: str = "") -> BinaryIO:
         """Return a URL's file, opened for reading; while it, or a map of it, is open it is not evicted.
+
+        Args:
+            url: a path, or a URL.
+            xxh3: refuse a download with another checksum (data.files).
 
         Raises:
             ValueError: a scheme that is not read.
@@ -88,18 +102,18 @@ class Cache:
         kind = scheme(url, self.allow_pipe)
         if kind in ("", "file"):
             return Path(url.removeprefix("file://")).expanduser().open("rb")
-        path = self.path(url)
+        path = self.path(url, xxh3)
         if file := _held(path):
             return file
         with _alone(path):  # one process downloads, the others wait for it
-            file = _held(path) or self._download(url, path, kind)
+            file = _held(path) or self._download(url, path, kind, xxh3)
         self._evict()
         return file
 
-    def forget(self, url: str) -> None:
+    def forget(self, url: str, xxh3: str = "") -> None:
         """Remove a URL's file, so that it is downloaded anew."""
         if scheme(url, self.allow_pipe) not in ("", "file"):
-            self.path(url).unlink(missing_ok=True)
+            self.path(url, xxh3).unlink(missing_ok=True)
 
     def read(self, url: str) -> bytes:
         """Return what a URL holds now, kept nowhere: for small files that may change."""
@@ -108,23 +122,26 @@ class Cache:
             return Path(url.removeprefix("file://")).expanduser().read_bytes()
         path = self.path(url)
         with replacing(path) as temporary:
-            self._try(url, temporary, kind)
+            self._try(url, temporary, kind, "")
             data = temporary.read_bytes()
         path.unlink(missing_ok=True)
         return data
 
-    def _download(self, url: str, path: Path, kind: str) -> BinaryIO:
+    def _download(self, url: str, path: Path, kind: str, xxh3: str) -> BinaryIO:
         with replacing(path) as temporary:
-            self._try(url, temporary, kind)
+            self._try(url, temporary, kind, xxh3)
             file = temporary.open("rb")
             fcntl.flock(file, fcntl.LOCK_SH)  # before anyone could see and evict it
         return file
 
-    def _try(self, url: str, path: Path, kind: str) -> None:
+    def _try(self, url: str, path: Path, kind: str, xxh3: str) -> None:
         """Download, again and again where the network may be to blame."""
         for attempt in range(1, self.tries + 1):
             try:
-                return download(url, path, kind)
+                download(url, path, kind)
+                if not xxh3 or checksum(path) == xxh3:
+                    return
+                raise ValueError("its checksum is not the manifest's; restore it or make the set again")
             except FINAL as error:
                 what = "no such file" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
                 way = "; pip install 'rectify[remote]'" if isinstance(error, ImportError) else ""

@@ -101,12 +101,17 @@ def write_json(path: Path, value: Any) -> None:
         file.write(canonical(value))
 
 
+def parse_json(data: bytes, name: object) -> Any:
+    """Return what JSON bytes hold; bytes that are none are an error with their name."""
+    try:
+        return json.loads(data)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name}: not valid JSON ({error})") from None
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; one that is no JSON is an error that names it."""
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    return parse_json(path.read_bytes(), path)
 
 
 def digest(data: bytes) -> str:

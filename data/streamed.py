@@ -34,8 +34,8 @@ class Streamed(Feed):
 
     Args:
         urls: tars: one pattern with {000..127} in it, or a list of such.
-        cache: folder of downloaded shards, shared by all processes of a machine.
-        limit: GB that the cache keeps, beyond what is in use.
+        cache: folder of downloaded shards, shared by all processes of a machine; none is RECTIFY_CACHE, or ~/.cache/rectify.
+        limit: GB that the cache keeps, beyond what is in use; none is RECTIFY_CACHE_GB, or 100.
         tolerance: fraction of a shard's samples, rounded up, that may be unreadable and are skipped; more is an error.
         block: shards that are downloaded and shuffled together; 1 shuffles within each shard.
         classes: number of classes that .cls numbers; 0 reads no classes.
@@ -47,8 +47,8 @@ class Streamed(Feed):
     def __init__(
         self,
         urls: str | list[str],
-        cache: str = "~/.cache/rectify",
-        limit: float = 100.0,
+        cache: str | None = None,
+        limit: float | None = None,
         tolerance: float = 0.01,
         block: int = 1,
         classes: int = 0,
@@ -56,17 +56,17 @@ class Streamed(Feed):
         grey: bool = False,
         allow_pipe: bool = False,
     ):
-        if not 0 <= tolerance < 1 or block < 1 or limit <= 0 or classes < 0:
+        if not 0 <= tolerance < 1 or block < 1 or classes < 0:
             raise ValueError(
-                f"Streamed: tolerance ({tolerance}) must lie in [0, 1), block ({block}) be at least 1, limit ({limit}) be "
-                f"positive and classes ({classes}) not negative"
+                f"Streamed: tolerance ({tolerance}) must lie in [0, 1), block ({block}) be at least 1 and classes ({classes}) "
+                "not negative"
             )
         self.urls = [url for pattern in ([urls] if isinstance(urls, str) else urls) for url in braceexpand(pattern)]
         for url in self.urls:
             scheme(url, allow_pipe)
         if not self.urls:
             raise ValueError("Streamed: urls is empty; name at least one tar")
-        self.cache = Cache(cache, int(limit * 1e9), allow_pipe)
+        self.cache = Cache(cache, None if limit is None else int(limit * 1e9), allow_pipe)
         self.tolerance, self.block, self.classes, self.size, self.grey = tolerance, block, classes, size, grey
         self.alike: tuple[bool, tuple[int, ...]] | None = None  # what all samples must be: images or not, and their shape
         self._begin: Lanes | None = None

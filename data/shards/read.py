@@ -9,37 +9,28 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import xxhash
 from numpy.lib.stride_tricks import as_strided
 
-from data.files import read_json
+from data.cache import Cache, scheme
+from data.files import parse_json, read_json
 from data.shards.write import BLOCK, FORMAT, split_name
 
 OPEN = 64  # shards kept mapped at once: a map holds a file descriptor
 
 
 def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
-    """Read and check the manifest of a finished set (of a certain kind).
+    """Read and check the manifest of a finished set (of a certain kind), in a folder or at a URL.
 
     Raises:
-        FileNotFoundError: no such folder, no manifest (an unfinished set), or a shard is missing.
+        OSError: no such folder, no manifest (an unfinished set), or a shard is missing; a URL cannot be read.
         ValueError: another format or kind, or a shard whose size is not the recorded one.
     """
-    folder = Path(folder)
-    path = folder / "manifest.json"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    if not path.is_file():
-        begun = (folder / "plan.json").exists()
-        raise FileNotFoundError(
-            f"{folder}: an unfinished set; run the command that makes it again"
-            if begun
-            else f"{folder}: no manifest.json there, so no set of shards; make one with `rectify pack`, `encode` or `collect`"
-        )
-    manifest = read_json(path)
+    remote, path = bool(scheme(str(folder))), f"{folder}/manifest.json"
+    manifest = parse_json(Cache().read(path), path) if remote else _local_manifest(Path(folder))
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path}: not a manifest of format {FORMAT}, which this version reads")
     if kind and manifest.get("kind") != kind:
@@ -48,13 +39,26 @@ def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]
         raise ValueError(f"{path}: its entries do not add up; run the command that makes the set again")
     if not manifest["samples"]:
         raise ValueError(f"{folder}: an empty set")
-    for shard in manifest["shards"]:
-        tar = folder / shard["name"]
+    for shard in () if remote else manifest["shards"]:  # a remote one is compared when it is fetched
+        tar = Path(folder) / shard["name"]
         if not tar.is_file():
             raise FileNotFoundError(f"{tar}: named in the manifest but missing; restore it or make the set again")
         if tar.stat().st_size != shard["bytes"]:
             raise ValueError(f"{tar}: {tar.stat().st_size} bytes, the manifest says {shard['bytes']} (truncated?)")
     return manifest
+
+
+def _local_manifest(folder: Path) -> Any:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not (folder / "manifest.json").is_file():
+        begun = (folder / "plan.json").exists()
+        raise FileNotFoundError(
+            f"{folder}: an unfinished set; run the command that makes it again"
+            if begun
+            else f"{folder}: no manifest.json there, so no set of shards; make one with `rectify pack`, `encode` or `collect`"
+        )
+    return read_json(folder / "manifest.json")
 
 
 @lru_cache(maxsize=64)
@@ -86,9 +90,9 @@ def decode_array(data: np.ndarray) -> np.ndarray:
     return decode_arrays(data[None])[0]
 
 
-def mapping(path: Path, flags: int = 0) -> mmap.mmap:
-    """Map a file into memory, to be read only."""
-    with path.open("rb") as file:
+def mapping(opened: BinaryIO, flags: int = 0) -> mmap.mmap:
+    """Map a file into memory, to be read only, and close it."""
+    with opened as file:
         return mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED | flags, mmap.PROT_READ)
 
 
@@ -96,25 +100,27 @@ class Shard:
     """One mapped tar and its offsets.
 
     Args:
-        tar: the file, its offsets beside it.
+        tar: the file (a path, or a URL that is fetched into the cache), its offsets beside it.
         record: its entry in the manifest.
         verified: skip the checksums, which were compared before.
     """
 
-    def __init__(self, tar: Path, record: dict[str, Any], verified: bool):
-        beside = tar.with_suffix(".npy")
+    def __init__(self, tar: str, record: dict[str, Any], verified: bool):
+        beside = f"{tar.removesuffix('.tar')}.npy"
         self.tar, self.fields = tar, {name: column for column, name in enumerate(record["fields"])}
         populate = 0 if verified else mmap.MAP_POPULATE  # all of it is about to be read
-        mapped, index = (mapping(path, populate) for path in (tar, beside))
-        for path, data, key in () if verified else ((tar, mapped, "xxh3"), (beside, index, "offsets")):
-            if xxhash.xxh3_128_hexdigest(data) != record[key]:
-                raise ValueError(f"{path}: its checksum is not the manifest's; restore it or make the set again")
+        places = ((tar, record["xxh3"]), (beside, record["offsets"]))
+        mapped, index = (mapping(Cache().open(place, xxh3), populate) for place, xxh3 in places)
+        for (place, wanted), data in () if verified else zip(places, (mapped, index)):
+            if xxhash.xxh3_128_hexdigest(data) != wanted:
+                Cache().forget(place, wanted)  # a fetched one is fetched anew by the next run
+                raise ValueError(f"{place}: its checksum is not the manifest's; restore it or make the set again")
         self.data, self.offsets = np.frombuffer(mapped, np.uint8), decode_array(np.frombuffer(index, np.uint8))
         if self.offsets.shape != (record["count"], len(self.fields), 3):
             raise ValueError(f"{beside}: offsets of shape {self.offsets.shape} do not fit the manifest")
         starts, lengths, _ = np.moveaxis(self.offsets, -1, 0)
         if (starts[lengths >= 0] % BLOCK).any() or (starts + lengths).max() > len(self.data) - BLOCK:
-            raise ValueError(f"{beside}: its offsets do not fit {tar.name}; make the set again")
+            raise ValueError(f"{beside}: its offsets do not fit {record['name']}; make the set again")
         self.shortest, self.longest = lengths.min(0).tolist(), lengths.max(0).tolist()
         self._views: dict[int, np.ndarray] = {}
 
@@ -163,13 +169,13 @@ class ShardReader:
     """Random access to a finished set: `len(reader)`, `reader[i] -> {"__key__": name, field: uint8 view}`.
 
     Args:
-        folder: the set.
+        folder: the set, or its URL (s3, gs, hf, http, https): a shard is fetched into the cache when it is first opened.
         kind: refuse a set of another kind.
         verify: compare checksums of a shard when it is first opened, or also of every sample when it is read.
     """
 
     def __init__(self, folder: str | Path, kind: str | None = None, verify: Literal["open", "read"] = "open"):
-        self.folder, self.verify = Path(folder), verify == "read"
+        self.folder, self.verify = str(folder).rstrip("/"), verify == "read"
         self.manifest = read_manifest(folder, kind)
         self.ends: list[int] = np.cumsum([shard["count"] for shard in self.manifest["shards"]]).tolist()
         self._open: OrderedDict[int, Shard] = OrderedDict()
@@ -225,7 +231,7 @@ class ShardReader:
         """Return a mapped shard; the least recently used ones are let go."""
         if number not in self._open:
             record = self.manifest["shards"][number]
-            self._open[number] = Shard(self.folder / record["name"], record, number in self._verified)
+            self._open[number] = Shard(f"{self.folder}/{record['name']}", record, number in self._verified)
             self._verified.add(number)
             if len(self._open) > OPEN:
                 self._open.popitem(last=False)
