@@ -15,13 +15,12 @@ from PIL import Image
 from data.batch import Batch, Feed
 from data.cache import Cache, scheme
 from data.files import canonical, digest
-from data.images import FIELDS, fit
+from data.images import FIELDS, FORMATS, fit
 from data.lanes import Lanes, fresh, restored
 from data.noise import permutation
 from data.shards import decode_array
 from data.tars import LABEL, LATENT, Tar
 
-FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow knows others that run programs (EPS) whatever the member's name says
 Sample = tuple[np.ndarray, int]  # pixels (uint8) or latent (float32), (C, H, W); class
 Row = tuple[int, ...]  # see Lanes
 
