@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,22 @@ class Batch:
     step: int = 0  # optimizer step
     start: int = 0  # position of the first sample in the global batch
     size: int = 0  # samples in the global batch
+    place: tuple[int, ...] | None = None  # of a source that is read from front to back: the lane, and its row after this batch
 
 
-class Source(ABC):
+class Feed(ABC):
+    """An endless sequence of samples, dealt out to lanes: one for each reading process of each rank."""
+
+    @abstractmethod
+    def walk(self, seed: int, lane: int, lanes: int, places: Iterator[tuple[int, int]]) -> Iterator[Batch]:
+        """Yield a lane's batches, for each (position in the whole sequence, number of samples)."""
+
+
+class Source(Feed):
     """An endless shuffled sequence of samples, in which every place can be read at once."""
+
+    def walk(self, seed: int, lane: int, lanes: int, places: Iterator[tuple[int, int]]) -> Iterator[Batch]:
+        return (self.take(seed, position, count) for position, count in places)
 
     @abstractmethod
     def take(self, seed: int, position: int, count: int) -> Batch:
@@ -44,6 +57,10 @@ class Set(Source):
     @abstractmethod
     def read(self, indices: np.ndarray) -> Batch:
         """Return the samples at these indices, in this order."""
+
+    def sample(self) -> Batch:
+        """Return one sample, to tell what they are like."""
+        return self.read(np.array([0]))
 
     def order(self, seed: int) -> Order:
         """Return the set's order under a seed."""
@@ -68,21 +85,27 @@ class Steps(IterableDataset):
         parts: micro-batches accumulated in one step.
     """
 
-    def __init__(self, source: Source, batch: int, seed: int, first: int = 0, rank: int = 0, world: int = 1, parts: int = 1):
+    def __init__(self, source: Feed, batch: int, seed: int, first: int = 0, rank: int = 0, world: int = 1, parts: int = 1):
         if batch < 1 or batch % (world * parts):
             raise ValueError(f"data.batch: {batch} is not a positive multiple of {world} processes x {parts} accumulated batches")
         self.source, self.batch, self.seed, self.first = source, batch, seed, first
         self.rank, self.world, self.parts = rank, world, parts
 
+    def slices(self, micro: int, stride: int) -> Iterator[tuple[int, int]]:
+        """Yield (step, first sample in the global batch) of every `stride`-th micro-batch of this rank."""
+        while True:
+            step, part = divmod(micro, self.parts)
+            yield step, (part * self.world + self.rank) * self.batch // (self.world * self.parts)
+            micro += stride
+
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         at, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        micro = self.first * self.parts + at
-        local = self.batch // (self.world * self.parts)
-        while True:
-            step, part = divmod(micro, self.parts)
-            start = (part * self.world + self.rank) * local
-            batch = self.source.take(self.seed, step * self.batch + start, local)
+        micro, local = self.first * self.parts + at, self.batch // (self.world * self.parts)
+        lane = micro % stride * self.world + self.rank  # a matter of the step, so that a resumed worker goes on with its own
+        asked, marks = tee(self.slices(micro, stride))
+        places = ((step * self.batch + start, local) for step, start in asked)
+        batches = self.source.walk(self.seed, lane, stride * self.world, places)
+        for batch, (step, start) in zip(batches, marks):
             batch.seed, batch.step, batch.start, batch.size = self.seed, step, start, self.batch
             yield batch
-            micro += stride

@@ -51,7 +51,8 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:  # a full disk, say: name the file that was being written
-        error.filename = error.filename or str(path)
+        if error.errno:  # one of our own lines names its file itself
+            error.filename = error.filename or str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -125,19 +126,24 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         file.write(sealed(value))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read an object that `write_json` wrote; anything else is an error that names the file."""
+def parse_sealed(data: bytes, name: object) -> dict[str, Any]:
+    """Return the object in sealed JSON; anything else is an error with its name."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(data)
         whole = isinstance(value, dict) and value.pop("seal", None) == _seal(value)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        raise ValueError(f"{name}: not valid JSON ({error})") from None
     if not whole:
         raise ValueError(
-            f"{path}: its seal does not fit: damaged, edited by hand, or written by another version; restore it, or delete it "
+            f"{name}: its seal does not fit: damaged, edited by hand, or written by another version; restore it, or delete it "
             "and run the command that makes it again"
         )
     return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object that `write_json` wrote; anything else is an error that names the file."""
+    return parse_sealed(path.read_bytes(), path)
 
 
 def digest(data: bytes) -> str:

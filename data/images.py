@@ -23,6 +23,8 @@ from data.shards import ShardReader, ShardWriter
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FIELDS = ("png", "jpg", "jpeg", "webp")  # of an image in a shard
+FORMATS = ("PNG", "JPEG", "WEBP")  # that Pillow may take it for: of others (EPS) it runs programs, whatever the name says
+LOOSE = (*FORMATS, "BMP", "GIF", "TIFF")  # likewise, of an image in a folder
 SPLIT = 0  # seed of the held-out split
 UNREADABLE = 0.01  # fraction of corrupt images above which packing is an error
 
@@ -41,7 +43,7 @@ def folder_items(folder: Path) -> tuple[list[Item], list[str] | None]:
     classes = sorted({name for name in top if name}) or None
     labels = [classes.index(name) if classes and name else None for name in top]
     names = [str(path.relative_to(folder)) for path in paths]
-    return [(n, partial(Image.open, p), c) for n, p, c in zip(names, paths, labels)], classes
+    return [(n, partial(Image.open, p, formats=LOOSE), c) for n, p, c in zip(names, paths, labels)], classes
 
 
 def fit(image: Image.Image, size: int, grey: bool) -> Image.Image:
@@ -150,7 +152,7 @@ class Images(Set):
             sample = self.reader[i]
             with naming(f"{self.path}: image {i} ({sample['__key__']})"):
                 data = next(sample[field] for field in FIELDS if field in sample)
-                pixels = np.asarray(Image.open(io.BytesIO(data.tobytes())))
+                pixels = np.asarray(Image.open(io.BytesIO(data.tobytes()), formats=FORMATS))
                 self._kept[i] = pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
             if len(self._kept) > self.cache:
                 self._kept.popitem(last=False)

@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -14,6 +13,7 @@ from data.batch import Batch, Set
 from data.files import atomic_folder
 from data.mixed import Mixed
 from data.pairs import Pairs
+from data.streamed import Streamed
 from models import codec as codecs
 from models import teacher
 from models.codec import KL
@@ -100,15 +100,15 @@ class Generator(LightningModule):
         """Refuse pairs of another origin, and put the codec into the run: a run folder is whole by itself."""
         source = getattr(getattr(self.trainer, "datamodule", None), "source", None)
         for part in source.sources if isinstance(source, Mixed) else [source]:
-            if isinstance(part, Set):
+            if isinstance(part, Set | Streamed):
                 self._agree(part)
         if isinstance(self.codec, KL) and self.trainer.is_global_zero:
             with atomic_folder(Path(self.trainer.default_root_dir) / "codec") as folder:
                 self.codec.save(folder)
 
-    def _agree(self, source: Set) -> None:
+    def _agree(self, source: Set | Streamed) -> None:
         """Refuse data that this model cannot have been meant for, naming both values."""
-        found, one = source.manifest, source.read(np.array([0]))
+        found, one = source.manifest, source.sample()
         told, classes = getattr(self.denoiser.net, "classes", None), getattr(self.condition, "classes", 0)
         if told is not None and told != classes:
             raise ValueError(f"model.denoiser.net.classes is {told}, model.condition has {classes}: make them equal")

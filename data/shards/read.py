@@ -9,12 +9,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import xxhash
 from numpy.lib.stride_tricks import as_strided
 
+from data.cache import Cache
 from data.files import naming
 from data.shards.manifest import read_manifest
 from data.shards.write import BLOCK, split_name
@@ -51,9 +52,9 @@ def decode_array(data: np.ndarray) -> np.ndarray:
     return decode_arrays(data[None])[0]
 
 
-def mapping(path: Path, flags: int = 0) -> mmap.mmap:
-    """Map a file into memory, to be read only."""
-    with path.open("rb") as file:
+def mapping(opened: BinaryIO, flags: int = 0) -> mmap.mmap:
+    """Map a file into memory, to be read only, and close it."""
+    with opened as file:
         return mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED | flags, mmap.PROT_READ)
 
 
@@ -61,22 +62,24 @@ class Shard:
     """One mapped tar and its offsets.
 
     Args:
-        tar: the file, its offsets beside it.
+        tar: the file (a path, or a URL that is fetched into the cache), its offsets beside it.
         record: its entry in the manifest.
         verified: skip the checksums, which were compared before.
     """
 
-    def __init__(self, tar: Path, record: dict[str, Any], verified: bool):
-        beside = tar.with_suffix(".npy")
+    def __init__(self, tar: str, record: dict[str, Any], verified: bool):
+        beside = f"{tar.removesuffix('.tar')}.npy"
         self.tar, self.fields = tar, {name: column for column, name in enumerate(record["fields"])}
         populate = 0 if verified else mmap.MAP_POPULATE  # all of it is about to be read
+        places = ((tar, record["xxh3"]), (beside, record["offsets"]))
         with naming(tar):
-            mapped = mapping(tar, populate)
+            mapped = mapping(Cache().open(*places[0]), populate)
         with naming(beside):
-            index = mapping(beside, populate)
-        for path, data, key in () if verified else ((tar, mapped, "xxh3"), (beside, index, "offsets")):
-            if xxhash.xxh3_128_hexdigest(data) != record[key]:
-                raise ValueError(f"{path}: its checksum is not the manifest's; restore it or make the set again")
+            index = mapping(Cache().open(*places[1]), populate)
+        for (place, wanted), data in () if verified else zip(places, (mapped, index)):
+            if xxhash.xxh3_128_hexdigest(data) != wanted:
+                Cache().forget(place, wanted)  # a fetched one is fetched anew by the next run
+                raise ValueError(f"{place}: its checksum is not the manifest's; restore it or make the set again")
         with naming(beside):
             self.data, self.offsets = np.frombuffer(mapped, np.uint8), decode_array(np.frombuffer(index, np.uint8))
         if self.offsets.shape != (record["count"], len(self.fields), 3) or self.offsets.dtype != np.int64:
@@ -85,7 +88,7 @@ class Shard:
         there, limit = lengths >= 0, len(self.data) - BLOCK
         outside = (starts % BLOCK > 0) | (starts < BLOCK) | (starts > limit) | (lengths > limit - starts)
         if outside[there].any() or not there.any(1).all():
-            raise ValueError(f"{beside}: its offsets do not fit {tar.name}; make the set again")
+            raise ValueError(f"{beside}: its offsets do not fit {record['name']}; make the set again")
         self.shortest, self.longest = lengths.min(0).tolist(), lengths.max(0).tolist()
         self._views: dict[int, np.ndarray] = {}
 
@@ -134,13 +137,13 @@ class ShardReader:
     """Random access to a finished set: `len(reader)`, `reader[i] -> {"__key__": name, field: uint8 view}`.
 
     Args:
-        folder: the set.
+        folder: the set, or its URL (s3, gs, hf, http, https): a shard is fetched into the cache when it is first opened.
         kind: refuse a set of another kind.
         verify: compare checksums of a shard when it is first opened, or also of every sample when it is read.
     """
 
     def __init__(self, folder: str | Path, kind: str | None = None, verify: Literal["open", "read"] = "open"):
-        self.folder, self.verify = Path(folder), verify == "read"
+        self.folder, self.verify = str(folder).rstrip("/"), verify == "read"
         self.manifest = read_manifest(folder, kind)
         self.ends: list[int] = np.cumsum([shard["count"] for shard in self.manifest["shards"]]).tolist()
         self._open: OrderedDict[int, Shard] = OrderedDict()
@@ -201,7 +204,7 @@ class ShardReader:
         """Return a mapped shard; the least recently used ones are let go."""
         if number not in self._open:
             record = self.manifest["shards"][number]
-            self._open[number] = Shard(self.folder / record["name"], record, number in self._verified)
+            self._open[number] = Shard(f"{self.folder}/{record['name']}", record, number in self._verified)
             self._verified.add(number)
             if len(self._open) > OPEN:
                 self._open.popitem(last=False)
