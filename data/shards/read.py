@@ -52,9 +52,9 @@ def decode_array(data: np.ndarray) -> np.ndarray:
     return decode_arrays(data[None])[0]
 
 
-def mapping(opened: BinaryIO, flags: int = 0) -> mmap.mmap:
+def mapping(place: str, opened: BinaryIO, flags: int = 0) -> mmap.mmap:
     """Map a file into memory, to be read only, and close it."""
-    with opened as file:
+    with opened as file, naming(place):
         return mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED | flags, mmap.PROT_READ)
 
 
@@ -72,10 +72,7 @@ class Shard:
         self.tar, self.fields = tar, {name: column for column, name in enumerate(record["fields"])}
         populate = 0 if verified else mmap.MAP_POPULATE  # all of it is about to be read
         places = ((tar, record["xxh3"]), (beside, record["offsets"]))
-        with naming(tar):
-            mapped = mapping(Cache().open(*places[0]), populate)
-        with naming(beside):
-            index = mapping(Cache().open(*places[1]), populate)
+        mapped, index = (mapping(place, Cache().open(place, wanted), populate) for place, wanted in places)
         for (place, wanted), data in () if verified else zip(places, (mapped, index)):
             if xxhash.xxh3_128_hexdigest(data) != wanted:
                 Cache().forget(place, wanted)  # a fetched one is fetched anew by the next run
