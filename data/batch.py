@@ -83,17 +83,28 @@ class Steps(IterableDataset):
         rank: this process.
         world: number of processes.
         parts: micro-batches accumulated in one step.
+        steps: how many there are; none is without end.
     """
 
-    def __init__(self, source: Feed, batch: int, seed: int, first: int = 0, rank: int = 0, world: int = 1, parts: int = 1):
+    def __init__(
+        self,
+        source: Feed,
+        batch: int,
+        seed: int,
+        first: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        parts: int = 1,
+        steps: int | None = None,
+    ):
         if batch < 1 or batch % (world * parts):
             raise ValueError(f"data.batch: {batch} is not a positive multiple of {world} processes x {parts} accumulated batches")
         self.source, self.batch, self.seed, self.first = source, batch, seed, first
-        self.rank, self.world, self.parts = rank, world, parts
+        self.rank, self.world, self.parts, self.steps = rank, world, parts, steps
 
     def slices(self, micro: int, stride: int) -> Iterator[tuple[int, int]]:
         """Yield (step, first sample in the global batch) of every `stride`-th micro-batch of this rank."""
-        while True:
+        while self.steps is None or micro < (self.first + self.steps) * self.parts:
             step, part = divmod(micro, self.parts)
             yield step, (part * self.world + self.rank) * self.batch // (self.world * self.parts)
             micro += stride

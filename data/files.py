@@ -1,5 +1,7 @@
 """Files that are whole or not there: written to a temporary name, fsynced, renamed."""
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -68,20 +70,30 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `path` only when the block ends well; what killed ones left is removed."""
-    temporary, aside = _temporary(path), _temporary(path)
+    temporary = _temporary(path)
     sweep(path.parent)
     temporary.mkdir()
     try:
         yield temporary
         for part in [*temporary.rglob("*"), temporary]:
             sync(part)
-        if path.exists():
-            os.replace(path, aside)  # rename cannot replace a filled folder, and deleting it in place would tear it
-        os.replace(temporary, path)
+        _place(temporary, path)
         sync(path.parent)
     finally:
-        for folder in (temporary, aside):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _place(temporary: Path, path: Path) -> None:
+    """Give a folder its final name; one that is there changes places with it, so that the name is never without a folder."""
+    try:
+        return os.rename(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if ctypes.CDLL(None).renameat2(here, os.fsencode(temporary), here, os.fsencode(path), swap):  # not on every file system
+        remove(path)
+        os.rename(temporary, path)
 
 
 def remove(path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from data.batch import Batch, Feed, Steps
+from data.batch import Batch, Feed, Source, Steps
 from data.lanes import Lanes
 from data.streamed import Row, Streamed
 
@@ -50,10 +50,23 @@ class Stream(LightningDataModule):
         batch: samples in one step over all processes and accumulated batches.
         seed: of the order and of every random draw in training.
         workers: reading processes per rank; 0 reads in the training process.
+        heldout: samples that are not trained on, for `heldout_loss` every `trainer.val_check_interval` batches.
+        heldout_batches: global batches of them, always the same ones, with the same draws.
     """
 
-    def __init__(self, source: Feed, batch: int = 256, seed: int = 0, workers: int = 0):
+    def __init__(
+        self,
+        source: Feed,
+        batch: int = 256,
+        seed: int = 0,
+        workers: int = 0,
+        heldout: Source | None = None,
+        heldout_batches: int = 4,
+    ):
         super().__init__()
+        if heldout_batches < 1:
+            raise ValueError(f"data.heldout_batches: {heldout_batches}, it must be at least 1")
+        self.heldout, self.heldout_batches = heldout, heldout_batches
         self.source, self.batch, self.seed, self.workers = source, batch, seed, workers
         self.taken = Taken({})
 
@@ -102,3 +115,12 @@ class Stream(LightningDataModule):
         return DataLoader(
             steps, batch_size=None, num_workers=self.workers, persistent_workers=self.workers > 0, worker_init_fn=ignore_signals
         )
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Return the held-out batches, as many on every rank, or none."""
+        run = self.trainer
+        assert run is not None
+        if self.heldout is None:
+            return []
+        steps = Steps(self.heldout, self.batch, self.seed, 0, run.global_rank, run.world_size, steps=self.heldout_batches)
+        return DataLoader(steps, batch_size=None)

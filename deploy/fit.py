@@ -37,6 +37,9 @@ DEFAULTS = {  # of the Trainer; a configuration may say otherwise
     "use_distributed_sampler": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "check_val_every_n_epoch": None,  # there are no epochs:
+    "val_check_interval": 500,  # batches between looks at data.heldout, if there is one
 }
 
 

@@ -49,14 +49,23 @@ class Autoencoder(LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """Reconstruct from a draw of the posterior, whose noise is keyed like every other draw."""
-        posterior = self.vae.encode(batch.x).latent_dist
-        latent = posterior.mean + posterior.std * Draws(batch).noise(posterior.mean)
-        error = (self.vae.decode(latent).sample - batch.x).square().mean()
-        kl = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean() / 2
+        error, kl = self.losses(batch)
         self.log_dict({"mse": error, "kl": kl})
         loss = error + self.kl_weight * kl
         self.log("loss", loss)
         return loss
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        """The same on held-out images."""
+        error, kl = self.losses(batch)
+        self.log("heldout_loss", error + self.kl_weight * kl, sync_dist=True, batch_size=len(batch.x))
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the squared error per pixel, and the KL per latent number."""
+        posterior = self.vae.encode(batch.x).latent_dist
+        latent = posterior.mean + posterior.std * Draws(batch).noise(posterior.mean)
+        error = (self.vae.decode(latent).sample - batch.x).square().mean()
+        return error, (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean() / 2
 
     def _spec(self) -> dict[str, Any]:
         plain = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from data.pairs import PairWriter
-from data.progress import Meter
 from models import sampler as samplers
 from models import teacher as teachers
 from models.condition import ClassLabel, Condition
@@ -53,6 +52,7 @@ def collect(
     shard: int = 512,
     batch: int = 256,
     store_noise: bool = False,
+    lease: float = 0.0,
 ) -> None:
     """Collect pairs from a teacher's EMA weights; any number of processes, restarts and kills gives the same bytes.
 
@@ -69,6 +69,8 @@ def collect(
         shard: pairs in one shard, the unit of work.
         batch: samples drawn at once.
         store_noise: keep each noise beside its sample too.
+        lease: 0 deals shards out by rank. Else processes of any speed, that may join and leave, claim them in the folder, and
+            one's claim is void when it has not been renewed for so many seconds (60, say).
     """
     if batch < 1:
         raise ValueError(f"batch: {batch}, it must be at least 1")
@@ -81,15 +83,8 @@ def collect(
     if (out / "manifest.json").exists() and not shards.missing():
         log.info("%s is finished", out)
         return
-    mine = job.share(state, list(shards.numbers()))
-    done = sum(len(shards.indices(n)) for n in mine if shards.finished(n))
-    with Meter("collect", sum(len(shards.indices(n)) for n in mine), "pairs", done, state.is_main_process) as meter:
-        for number in mine:
-            if not shards.finished(number):
-                raw = asked(condition, shards.indices(number))
-                parts = []
-                for part in draw(walk, guided, writer.noise(number), condition(raw), batch, state.device):
-                    parts.append(part)
-                    meter.add(len(part))
-                writer.write(number, torch.cat(parts), raw)
+    for number in job.work(shards, state, lease, "collect", "pairs"):
+        raw = asked(condition, shards.indices(number))
+        drawn = list(draw(walk, guided, writer.noise(number), condition(raw), batch, state.device))
+        writer.write(number, torch.cat(drawn), raw)
     shards.finish()

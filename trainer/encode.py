@@ -10,7 +10,6 @@ import torch
 from data.files import atomic_folder, canonical, digest
 from data.images import Images
 from data.latents import latent_sample
-from data.progress import Meter
 from data.shards import ShardWriter
 from models import codec as codecs
 from models.codec import KL
@@ -32,7 +31,7 @@ def latent_scale(codec: KL, images: Images) -> float:
 
 
 @torch.inference_mode()
-def encode(images: Path, codec: Path, out: Path, shard: int = 1024) -> None:
+def encode(images: Path, codec: Path, out: Path, shard: int = 1024, lease: float = 0.0) -> None:
     """Encode packed images into shards of float16 latents, and put the codec with its scale into OUT/codec.
 
     Args:
@@ -40,6 +39,7 @@ def encode(images: Path, codec: Path, out: Path, shard: int = 1024) -> None:
         codec: an autoencoder's run folder, or any diffusers AutoencoderKL folder.
         out: folder for the set.
         shard: latents in one shard.
+        lease: 0 deals shards out by rank; else processes claim them, and a claim not renewed for so many seconds is void.
     """
     state = job.start()
     source, kl = Images(str(images)), codecs.load(codec)
@@ -55,14 +55,11 @@ def encode(images: Path, codec: Path, out: Path, shard: int = 1024) -> None:
     if state.is_main_process:
         with atomic_folder(out / "codec") as folder:
             kl.save(folder)
-    mine = [number for number in job.share(state, list(writer.numbers())) if not writer.finished(number)]
-    with Meter("encode", sum(len(writer.indices(n)) for n in mine), "images", shown=state.is_main_process) as meter:
-        for number in mine:
-            batch = source.read(np.array(writer.indices(number)))
-            latents = torch.cat([kl.encode(part.to(state.device)) for part in batch.x.split(256)])
-            labels = [None] * len(latents) if batch.condition is None else batch.condition.tolist()
-            rows = zip(writer.indices(number), latents, labels)
-            writer.write(number, [latent_sample(f"{i:09d}", x, label) for i, x, label in rows])
-            meter.add(len(latents))
+    for number in job.work(writer, state, lease, "encode", "images"):
+        batch = source.read(np.array(writer.indices(number)))
+        latents = torch.cat([kl.encode(part.to(state.device)) for part in batch.x.split(256)])
+        labels = [None] * len(latents) if batch.condition is None else batch.condition.tolist()
+        rows = zip(writer.indices(number), latents, labels)
+        writer.write(number, [latent_sample(f"{i:09d}", x, label) for i, x, label in rows])
     one = kl.encode(source.read(np.array([0])).x.to(state.device))
     writer.finish(scale=kl.scale, shape=list(one.shape[1:]))

@@ -88,20 +88,32 @@ class Generator(LightningModule):
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """One step: the same for every method, because a pair brings its own noise."""
         draws = Draws(batch)
-        with torch.no_grad():
-            x = batch.x if batch.latent else self.codec.encode(batch.x)
-        eps = coupled(batch, draws, x)
-        cond = self.condition(batch.condition, chance=draws.uniform("drop"))
-        loss = self.objective(self.denoiser, x, eps, cond, draws)
+        loss = self.loss(batch, draws, self.condition(batch.condition, chance=draws.uniform("drop")))
         self.log("loss", loss)
         return loss
 
+    def validation_step(self, batch: Batch, _: int) -> None:
+        """The same on held-out samples, told all."""
+        self.log(
+            "heldout_loss",
+            self.loss(batch, Draws(batch), self.condition(batch.condition)),
+            sync_dist=True,
+            batch_size=len(batch.x),
+        )
+
+    def loss(self, batch: Batch, draws: Draws, cond: Tensor | None) -> Tensor:
+        """Return the objective's loss of a batch."""
+        with torch.no_grad():
+            x = batch.x if batch.latent else self.codec.encode(batch.x)
+        return self.objective(self.denoiser, x, coupled(batch, draws, x), cond, draws)
+
     def on_fit_start(self) -> None:
         """Refuse pairs of another origin, and put the codec into the run: a run folder is whole by itself."""
-        source = getattr(getattr(self.trainer, "datamodule", None), "source", None)
-        for part in source.sources if isinstance(source, Mixed) else [source]:
-            if isinstance(part, Set | Streamed):
-                self._agree(part)
+        stream = getattr(self.trainer, "datamodule", None)
+        for source in (getattr(stream, "source", None), getattr(stream, "heldout", None)):
+            for part in source.sources if isinstance(source, Mixed) else [source]:
+                if isinstance(part, Set | Streamed):
+                    self._agree(part)
         if isinstance(self.codec, KL) and self.trainer.is_global_zero:
             with atomic_folder(Path(self.trainer.default_root_dir) / "codec") as folder:
                 self.codec.save(folder)

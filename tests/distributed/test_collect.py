@@ -1,5 +1,8 @@
 """Collecting with real processes: any number of them, killed at any moment, gives the same bytes."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -71,3 +74,19 @@ def test_the_manifest_says_where_the_pairs_come_from(workspace):
 def test_other_settings_in_the_same_folder_are_refused(workspace):
     failed = workspace.rectify(*collect("runs/demo/pairs"), code=2)
     assert "holds another set" in failed.stderr and failed.stderr.strip().count("\n") == 0
+
+
+def test_processes_that_come_and_go_share_the_shards(workspace, undisturbed, tmp_path):
+    """Three that know nothing of each other, one of which is killed while it holds a claim: the same bytes, each shard once."""
+    out = tmp_path / "pairs"
+    first, second = (workspace.start(*collect(out), "--lease", "2") for _ in range(2))
+    while not (out / ".claims").exists() or not list(out.glob("*.tar")):
+        assert first.poll() is None
+        time.sleep(0.002)
+    os.killpg(first.pid, signal.SIGKILL)
+    third = workspace.start(*collect(out), "--lease", "2")
+    for process in (second, third):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    first.communicate()
+    assert content(out) == undisturbed and not (out / ".claims").exists()

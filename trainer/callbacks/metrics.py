@@ -47,12 +47,20 @@ class Metrics(Callback):
         if self.step % self.every:
             return
         found = {**trainer.callback_metrics, "loss": torch.stack(parts).sum()}  # Lightning has divided them by their number
+        found.pop("heldout_loss", None)
         values = {name: trainer.strategy.reduce(value, reduce_op="mean").item() for name, value in found.items()}
+        self._write(trainer, values)
+        self.meter.add(0, f"loss {values['loss']:.4f}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write a line of its own."""
+        self._write(trainer, {"heldout_loss": trainer.callback_metrics["heldout_loss"].item()})
+
+    def _write(self, trainer: Trainer, values: dict[str, float]) -> None:
         if trainer.is_global_zero:
             seconds = round(time.monotonic() - self.began, 3)
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": self.step, "seconds": seconds, **values}) + "\n")
-            self.meter.add(0, f"loss {values['loss']:.4f}")
+                file.write(json.dumps({"step": trainer.global_step, "seconds": seconds, **values}) + "\n")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close the meter, also after an error."""
@@ -66,5 +74,5 @@ def read_log(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     with naming(path):
         log = [(line, json.loads(line)) for line in lines]
     for number, (_, values) in enumerate(log, 1):
-        conform(values, {"step": COUNT, "loss": float}, f"{path}: line {number}")
+        conform(values, {"step": COUNT, "heldout_loss" if "heldout_loss" in values else "loss": float}, f"{path}: line {number}")
     return log
