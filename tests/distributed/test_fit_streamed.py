@@ -53,10 +53,11 @@ def test_killed_and_resumed_gives_the_same_weights(place, server, tmp_path):
     assert len(server.asked) == len(set(server.asked)) == 5, "each shard was downloaded once for all runs"
 
 
-def test_more_processes_go_on_with_what_is_unfinished(place, server, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_more_processes_go_on_with_what_is_unfinished(place, server, tmp_path, strategy):
     run, words = tmp_path / "run", streamed(server, tmp_path / "cache", "--checkpoints.keep", "9")
     place.rectify(*fit(run, 7, *words))
-    place.rectify(*fit(run, 14, *words, "--trainer.devices", "2", "--trainer.strategy", "ddp"), processes=2)
+    place.rectify(*fit(run, 14, *words, "--trainer.devices", "2", "--trainer.strategy", strategy), processes=2)
     one, two = (teacher.read(run / f"checkpoints/step={step:09d}.ckpt")["Stream"]["streamed"] for step in (7, 14))
     assert len(one["rows"]) == 2 and len(two["rows"]) == 4
     finished = sum(row[0] for row in one["rows"])  # 64 and 48 samples went through the two lanes
