@@ -100,10 +100,10 @@ class Campaign:
         if path.suffix == ".yaml":
             trained = recipe.words[0] != "fit" or list(folder.glob(f"{recipe.makes[0]}/checkpoints/step=000000002.ckpt"))
             return None if trained else "exit 0 without a checkpoint"
+        if forged and not (recipe.free and recipe.absent):
+            return None
         if recipe.free:
             return agrees(folder, recipe, path)
-        if forged:
-            return None
         if recipe.set:  # restarts skip whole shards by their size; what they skip, the reader looks at
             again = child.run(["read", "--folder", recipe.set], folder)
             if again.code == 2:
