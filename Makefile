@@ -14,6 +14,7 @@ test: .venv/installed
 	$(BIN)/pytest
 
 test-long: .venv/installed
+	rm -f docs/test-long.log
 	$(BIN)/pytest --long tests/fuzz tests/distributed/test_kills.py
 
 .venv/installed: pyproject.toml constraints.txt

@@ -125,7 +125,8 @@ def export(run: Path, out: Path, steps: int = 4) -> None:
     if before.exists() and (record := read_json(before)).get("denoiser") == weights and record.get("steps") == steps:
         log.info("%s is finished", out)
         return
-    vae = AutoencoderKL.from_config(codec.vae.config)
+    plain = {key: value for key, value in codec.vae.config.items() if not key.startswith("_")}  # not where it was read from
+    vae = AutoencoderKL.from_config(plain)
     vae.load_state_dict(codec.vae.state_dict())
     names = {i: str(i) for i in range(denoiser.net.classes)} or None
     with atomic_folder(out) as folder:

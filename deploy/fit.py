@@ -6,6 +6,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -127,15 +128,11 @@ class Fit(LightningCLI):
             config.trainer.logger = Namespace(class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(**options))
 
 
-def fit(args: Sequence[str]) -> None:
-    """Train what a configuration says, from its newest checkpoint on if there is one."""
+def build(args: Sequence[str]) -> Fit:
+    """Build trainer, model and data; what a configuration cannot mean is a ValueError."""
     for path in (Path(word.removeprefix("--config=")) for word in args if word.endswith((".yaml", ".yml"))):
         with naming(path):  # the parser would overflow its stack on endless nesting
             yaml.safe_load(path.read_text()) if path.is_file() else None
-    import_components()
-    warnings.filterwarnings("ignore", r".*(LightningCLI's args parameter|does not have many workers|treespec|LeafSpec).*")
-    for chatty in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         cli = Fit(
             datamodule_class=Stream,
@@ -153,20 +150,45 @@ def fit(args: Sequence[str]) -> None:
     except Exception as error:  # constructors, torch's too, raise many kinds on values that they cannot take
         raise ValueError(f"fit: {explain(error, Fit.names)}") from error
     cli.trainer.strategy.checkpoint_io = WholeFiles()
+    return cli
+
+
+def begin(cli: Fit) -> None:
+    """Train; what cannot even begin is the configuration's or the checkpoint's fault, and named."""
     callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.newest, weights_only=True)
-    except (LookupError, AttributeError, RuntimeError, TypeError) as error:
+    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         if said := out_of_memory(error, cli.trainer):
             raise ValueError(said) from error
-        if any(isinstance(callback, Checkpoints) and callback.saved >= 0 for callback in callbacks):
-            raise  # training had begun: neither the configuration nor the checkpoint is to blame
+        begun = any(isinstance(callback, Checkpoints) and callback.saved >= 0 for callback in callbacks)
+        if begun or (isinstance(error, ValueError) and ours(error)):
+            raise
         what = f"{cli.newest}: cannot go on from it" if cli.newest else "fit: cannot begin"
         raise ValueError(f"{what} ({type(error).__name__}: {one_line(error)})") from error
+
+
+def ours(error: BaseException) -> bool:
+    """Tell whether an error was raised by our own code, which says what it is about."""
+    last = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        last = frame
+    return last is not None and last.f_globals.get("__name__", "").split(".")[0] in ("models", "data", "trainer", "deploy")
+
+
+def fit(args: Sequence[str]) -> None:
+    """Train what a configuration says, from its newest checkpoint on if there is one."""
+    import_components()
+    warnings.filterwarnings("ignore", r".*(LightningCLI's args parameter|does not have many workers|treespec|LeafSpec).*")
+    for chatty in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    cli = build(args)
+    begin(cli)
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()  # its own process would write on for a while
+    callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, Preemption) and callback.stopped for callback in callbacks):
         print(f"fit: stopped by a signal at step {cli.trainer.global_step}, saved; run the same command again", file=sys.stderr)
         raise SystemExit(EXIT)

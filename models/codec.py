@@ -88,7 +88,8 @@ def save(vae: "AutoencoderKL", path: Path) -> None:
         vae.save_pretrained(path)
     except SafetensorError as error:  # safetensors hides the operating system's error, a full disk say
         raise OSError(f"{path}: {error}") from error
-    (path / CHECKSUMS).write_text(json.dumps({file.name: _sha256(file) for file in sorted(path.iterdir())}, indent=1) + "\n")
+    sums = {file.name: _sha256(file) for file in sorted(path.iterdir()) if file.name != CHECKSUMS}
+    (path / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
 
 
 def _compare(path: Path) -> None:

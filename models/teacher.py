@@ -12,13 +12,13 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from models import codec as codecs
 from models.codec import Codec
 from models.condition import Condition
 from models.denoiser import Denoiser
+from models.tensors import unpacked
 
 CODEC = "codec"  # folder of the frozen codec in a run
 FORMAT = 1  # of what `Generator` adds to a checkpoint under "rectify"
@@ -86,9 +86,8 @@ def read(path: str | Path, tensors: bool = True) -> dict:
 
             checkpoint = sharded.read(Path(path)) if tensors else sharded.read_rest(Path(path))
         elif Path(path).suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                checkpoint = {"rectify": json.loads(file.metadata()["rectify"]), "state_dict": {}}
-                checkpoint["ema"] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            average, about = unpacked(path)
+            checkpoint = {"rectify": json.loads(about["rectify"]), "state_dict": {}, "ema": average}
         else:
             with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums of what it reads
                 if torn := archive.testzip():

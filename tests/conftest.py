@@ -24,7 +24,8 @@ def chronicle(request):
     lines: list[str] = []
     yield lines.append
     if request.config.getoption("--long"):
-        (REPOSITORY / "docs" / "test-long.log").write_text("\n".join(["make test-long", *lines]) + "\n")
+        with (REPOSITORY / "docs" / "test-long.log").open("a") as log:
+            log.writelines(f"{line}\n" for line in (f"pytest {' '.join(request.config.invocation_params.args)}", *lines))
 
 
 def pytest_collection_modifyitems(items):

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from safetensors.torch import save_file
-
-from data.files import replacing
+from data.files import atomic
 from models import teacher
+from models.tensors import packed
 
 
 def consolidate(run: Path, out: Path | None = None, weights: Literal["average", "training"] = "average") -> None:
@@ -23,6 +22,5 @@ def consolidate(run: Path, out: Path | None = None, weights: Literal["average", 
     chosen = checkpoint.get("ema") if weights == "average" else teacher.weights(checkpoint)
     if not chosen:
         raise ValueError(f"{path}: holds no {weights} weights of a denoiser")
-    with replacing(out or path.parent.parent / "consolidated" / f"{path.stem}.safetensors") as temporary:
-        whole = {name: value.contiguous() for name, value in chosen.items()}
-        save_file(whole, temporary, {"rectify": json.dumps(checkpoint["rectify"], sort_keys=True)})
+    with atomic(out or path.parent.parent / "consolidated" / f"{path.stem}.safetensors") as file:
+        file.write(packed(chosen, {"rectify": json.dumps(checkpoint["rectify"], sort_keys=True)}))

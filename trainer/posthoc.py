@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data.files import atomic, naming
 from models import teacher
-from trainer.tensors import read_tensors
+from models.tensors import save_nested, unpacked
 
 
 def exponent(width: float) -> float:
@@ -51,7 +51,7 @@ def ema(run: Path, width: float, out: Path | None = None) -> None:
     total: dict[str, Tensor] = {key: torch.zeros_like(value, dtype=torch.float64) for key, value in checkpoint["ema"].items()}
     for path, parts in zip(files, found.reshape(len(files), len(names))):
         with naming(path):
-            snapshot, about = read_tensors(path)
+            snapshot, about = unpacked(path)
             if int(about["step"]) != int(path.stem.removeprefix("step=")):
                 raise ValueError(f"{path}: holds step {about['step']}; give it its own name back")
             for name, weight in zip(names, parts):
@@ -59,4 +59,4 @@ def ema(run: Path, width: float, out: Path | None = None) -> None:
                     value.add_(snapshot[f"{name}/{key}"].double(), alpha=float(weight))
     average = {key: value.to(checkpoint["ema"][key].dtype) for key, value in total.items()}
     with atomic(out or run / "ema" / f"width={width:g}.ckpt") as file:
-        torch.save({"rectify": checkpoint["rectify"], "state_dict": {}, "ema": average}, file)
+        save_nested({"rectify": checkpoint["rectify"], "state_dict": {}, "ema": average}, file)

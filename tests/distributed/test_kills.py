@@ -14,7 +14,7 @@ from models import teacher
 from tests.distributed.runs import equal, fit
 
 SMALL = ("--checkpoints.keep", "100", "--trainer.logger", "false")
-TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+TWO = ("--trainer.devices", "2", "--trainer.strategy")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ MODES = {
     "collect": Mode(lambda out: (*COLLECT, "--out", out)),
     "export": Mode(lambda out: ("export", "--run", "runs/demo/student", "--out", out)),
     "fit": Mode(lambda out: fit(out, 40, *SMALL)),
-    "fit ddp": Mode(lambda out: fit(out, 40, *SMALL, *TWO), processes=2),
+    "fit ddp": Mode(lambda out: fit(out, 40, *SMALL, *TWO, "ddp"), processes=2),
+    "fit fsdp2": Mode(lambda out: fit(out, 40, *SMALL, *TWO, "fsdp2"), processes=2),
 }
 
 
@@ -55,8 +56,9 @@ def lasting(checkpoint: Path) -> dict:
 
 
 def final_names(out: Path) -> dict[str, Path]:
-    """Return the files under final names: those of temporary names and folders begin with a dot."""
-    paths = {path.relative_to(out): path for path in out.rglob("*") if path.is_file()}
+    """Return what stands under final names (a sharded checkpoint is one); temporary names begin with a dot."""
+    within = {path for folder in out.rglob("*.ckpt") for path in folder.rglob("*")}
+    paths = {p.relative_to(out): p for p in out.rglob("*") if (p.is_file() or p.suffix == ".ckpt") and p not in within}
     return {str(name): path for name, path in paths.items() if not any(part.startswith(".") for part in name.parts)}
 
 

@@ -18,7 +18,7 @@ from tests.fuzz.mutations import mutate
 from tests.fuzz.recipes import BUILT, RECIPES, Recipe, agrees, made, plant
 
 WRONG_WORDS = (
-    *("-1", "0", "nan", "inf", "-inf", "1e999", "0.5", "", " ", "x", "null", "true", "[]", "{", "{}", "[-1]", "../..", "\n"),
+    *("-1", "0", "nan", "inf", "-inf", "1e999", "0.5", "", " ", "x", "null", "true", "[]", "{", "{}", "[-1]", "../..", "a\nb"),
     *("9223372036854775808", "-9223372036854775809", "!!python/object/apply:os.getcwd []", "&a [*a]", "é", "/dev/null"),
 )  # fmt: skip
 
@@ -84,7 +84,8 @@ class Campaign:
         place = draw.choice([i for i, word in enumerate(words) if word.startswith("--") and word not in KEPT])
         words[place + 1] = value = draw.choice(WRONG_WORDS)
         outcome = child.run(words, folder)
-        problem = self.manners(outcome, self.usual[name], [words[place].rpartition(".")[2].lstrip("-"), value.strip() or "empty"])
+        clues = [*words[place].lstrip("-").split("."), " ".join(value.split()) or "empty"]
+        problem = self.manners(outcome, self.usual[name], clues)
         shutil.rmtree(folder) if not problem else None
         return f"{name}: {words[place]} {value!r} -> {outcome.code} ({outcome.seconds:.1f} s)", problem
 
@@ -100,10 +101,10 @@ class Campaign:
         if path.suffix == ".yaml":
             trained = recipe.words[0] != "fit" or list(folder.glob(f"{recipe.makes[0]}/checkpoints/step=000000002.ckpt"))
             return None if trained else "exit 0 without a checkpoint"
+        if forged and not (recipe.free and recipe.absent):
+            return None
         if recipe.free:
             return agrees(folder, recipe, path)
-        if forged:
-            return None
         if recipe.set:  # restarts skip whole shards by their size; what they skip, the reader looks at
             again = child.run(["read", "--folder", recipe.set], folder)
             if again.code == 2:

@@ -168,7 +168,7 @@ def plain(value: Any) -> Any:
 def content(path: Path) -> Any:
     """Return what a file says, to be compared with what the undisturbed run's says."""
     if path.suffix == ".ckpt":
-        return torch.load(path, weights_only=True)
+        return {key: value for key, value in torch.load(path, weights_only=True).items() if key != "origin"}  # revision, time
     if path.suffix == ".json":
         return plain(json.loads(path.read_bytes()))
     if path.suffix == ".jsonl":

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from data.files import remove, replacing, sweep
+from data.files import atomic, remove, sweep
 from models import teacher
+from models.tensors import save_nested
 from trainer.callbacks.watch import Watch
 from trainer.fsdp import FSDP2
 
@@ -19,8 +19,8 @@ class WholeFiles(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint under a temporary name, and rename it."""
-        with replacing(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
+        with atomic(Path(path)) as file:
+            save_nested(checkpoint, file)
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         """Return the checkpoint, on the CPU."""

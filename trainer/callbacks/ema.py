@@ -8,8 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from data.files import atomic
+from models.tensors import packed
 from trainer.posthoc import exponent
-from trainer.tensors import write_tensors
 
 
 def local(value: Tensor) -> Tensor:
@@ -77,7 +78,8 @@ class EMA(Callback):
         flat = {f"{name}/{key}": full(value) for name in self.powers for key, value in self.averages[name].items()}
         if flat and trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "ema" / f"step={self.step:09d}.safetensors"
-            write_tensors(path, flat, {"step": str(self.step)})
+            with atomic(path) as file:
+                file.write(packed(flat, {"step": str(self.step)}))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the averages up where they were."""

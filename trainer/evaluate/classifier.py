@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batch import Steps
-from data.files import naming
+from data.files import atomic, naming
 from data.images import Images, read_all
 from data.progress import Meter
-from trainer.tensors import read_tensors, write_tensors
+from models.tensors import packed, unpacked
 
 STEPS, BATCH, SEED = 400, 128, 0
 
@@ -57,13 +57,14 @@ def trained(folder: Path, train: Images, heldout: Images) -> tuple[Classifier, f
     origin = train.manifest["listing"]
     if path.exists():
         with naming(f"{path} (delete it, it will be trained again)"):
-            tensors, about = read_tensors(path)
+            tensors, about = unpacked(path)
             if about["listing"] == origin:
                 classifier.load_state_dict(tensors)
                 return classifier.eval(), float(about["accuracy"])
     _fit(classifier, train)
     score = accuracy(classifier, heldout)
-    write_tensors(path, classifier.state_dict(), {"listing": origin, "accuracy": str(score)})
+    with atomic(path) as file:
+        file.write(packed(classifier.state_dict(), {"listing": origin, "accuracy": str(score)}))
     return classifier, score
 
 
