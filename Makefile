@@ -15,7 +15,7 @@ test: .venv/installed
 
 test-long: .venv/installed
 	rm -f docs/test-long.log
-	$(BIN)/pytest --long tests/fuzz tests/distributed/test_kills.py
+	$(BIN)/pytest --long tests/fuzz tests/distributed/test_kills.py tests/distributed/test_hosts.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
