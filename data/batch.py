@@ -2,11 +2,12 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import tee
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -27,6 +28,11 @@ class Batch:
     start: int = 0  # position of the first sample in the global batch
     size: int = 0  # samples in the global batch
     place: tuple[int, ...] | None = None  # of a source that is read from front to back: the lane, and its row after this batch
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch with its tensors on a device."""
+        parts: dict[str, Any] = {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **{name: part.to(device, non_blocking=True) for name, part in parts.items()})
 
 
 class Feed(ABC):

@@ -47,13 +47,10 @@ class Autoencoder(LightningModule):
             norm_num_groups=norm_num_groups,
         )
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:
+    def training_step(self, batch: Batch, _: int) -> dict[str, Tensor]:
         """Reconstruct from a draw of the posterior, whose noise is keyed like every other draw."""
         error, kl = self.losses(batch)
-        self.log_dict({"mse": error, "kl": kl})
-        loss = error + self.kl_weight * kl
-        self.log("loss", loss)
-        return loss
+        return {"loss": error + self.kl_weight * kl, "mse": error.detach(), "kl": kl.detach()}
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """The same on held-out images."""
