@@ -69,8 +69,8 @@ class FSDP2(ModelParallelStrategy):
         """Copy the state, and begin to write it."""
         self.finish()
         rest, tensors = sharded.split(checkpoint)
-        path, stack = Path(filepath), ExitStack()
-        folder = self.broadcast(stack.enter_context(atomic_folder(path)) if self.global_rank == 0 else path)
+        self._path, stack = Path(filepath), ExitStack()
+        folder = self.broadcast(stack.enter_context(atomic_folder(self._path)) if self.global_rank == 0 else self._path)
         copies = {key: own(value) for key, value in tensors.items()}
         self._writing = self._writer.submit(self._write, stack, folder, rest, copies)
 
@@ -89,8 +89,8 @@ class FSDP2(ModelParallelStrategy):
             if writing:
                 writing.result()
         except CheckpointException as error:
-            raise OSError(f"checkpoint: {'; '.join(str(cause[0]) for cause in error.failures.values())}") from error
-        self.barrier()
+            causes = {str(cause[0]) for cause in error.failures.values()}
+            raise OSError(f"{self._path}: {'; '.join(sorted(causes))}; make room and run the same command again") from error
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint of any number of ranks, sharded or not."""

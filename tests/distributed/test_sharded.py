@@ -1,6 +1,7 @@
 """Sharded training (FSDP2 on gloo): the same run as unsharded, resumed exactly, on any number of processes."""
 
 import json
+import resource
 import shutil
 
 import pytest
@@ -84,6 +85,18 @@ def test_damage_is_named(workspace, half, tmp_path, damage):
         ValueError, match=f"{path.name}: not a readable checkpoint .*{'rest.pt' if damage == 'forge' else victim.name}"
     ):
         teacher.read(path)
+
+
+def test_a_full_disk_ends_all_ranks_cleanly(workspace, tmp_path):
+    """The limit leaves room for the codec, not for a rank's part of a checkpoint of the whole network."""
+    limit = (1_500_000, 1_500_000)
+    words = ("fit", "--config", "configs/digits/teacher.yaml", "--out", tmp_path / "run", *SHARDED, "--trainer.logger", "false")
+    often = ("--trainer.max_steps", "9", "--checkpoints.every", "2")
+    process = workspace.start(*words, *often, processes=2, preexec=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1 and err.count("exitcode  : 2") >= 1, err
+    assert "step=000000002.ckpt: [Errno 27] File too large; make room and run the same command again" in err
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_an_autoencoder_is_not_sharded(workspace, tmp_path):
