@@ -26,8 +26,7 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 2)], ids=["SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_and_the_same_command_goes_on(workspace, undisturbed_run, tmp_path, number, workers):
     out, words = tmp_path / "run", (*LONG, "--data.workers", str(workers))
     process = workspace.start(*fit(out, 40, *words))
