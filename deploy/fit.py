@@ -6,6 +6,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -150,7 +151,24 @@ def build(args: Sequence[str]) -> Fit:
     except Exception as error:  # constructors, torch's too, raise many kinds on values that they cannot take
         raise ValueError(f"fit: {explain(error, Fit.names)}") from error
     cli.trainer.strategy.checkpoint_io = WholeFiles()
+    join_log(cli.trainer.logger)
     return cli
+
+
+def join_log(logger: Any) -> None:
+    """Begin wandb's run: its service may hold a killed process's run for a moment, or one that it was slow to begin itself."""
+    for wait in (1, 2, 4, 0) if isinstance(logger, WandbLogger) else ():
+        if not wait:
+            logger._wandb_init["id"] = None  # a new one, under the same name
+        try:
+            logger.experiment  # noqa: B018 (this begins it)
+            return
+        except Exception as error:  # wandb's own kinds, which it moves about
+            if not wait or "is in use" not in str(error):
+                raise OSError(
+                    f"trainer.logger: wandb does not begin ({one_line(error)}); or give --trainer.logger false"
+                ) from error
+            time.sleep(wait)
 
 
 def begin(cli: Fit) -> None:
