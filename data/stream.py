@@ -8,8 +8,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from data.batch import Batch, Feed, Source, Steps
+from data.batch import Batch, Feed, Set, Source, Steps
+from data.files import canonical, digest
 from data.lanes import Lanes
+from data.mixed import Mixed
 from data.streamed import Row, Streamed
 
 
@@ -42,6 +44,13 @@ class Taken:
         return [rows[lane] for lane in sorted(rows)]
 
 
+def identity(source: Feed) -> str:
+    """Return a checksum of the samples of a source, or "" for one that keeps its own count (Streamed)."""
+    if isinstance(source, Mixed):
+        return digest(canonical([[identity(part) for part in source.sources], source.shares]))
+    return digest(canonical([shard["sha256"] for shard in source.manifest["shards"]])) if isinstance(source, Set) else ""
+
+
 class Stream(LightningDataModule):
     """An endless shuffled stream over one source, resumed on any number of processes from the step (and Streamed's own count).
 
@@ -72,7 +81,7 @@ class Stream(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the sequence of samples and draws depends on, beside the step."""
-        state: dict[str, Any] = {"seed": self.seed, "batch": self.batch}
+        state: dict[str, Any] = {"seed": self.seed, "batch": self.batch, "samples": identity(self.source)}
         if isinstance(self.source, Streamed):
             state["streamed"] = self.source.state(self._lanes())
         return state
@@ -82,6 +91,8 @@ class Stream(LightningDataModule):
         for key, here in {"seed": self.seed, "batch": self.batch}.items():
             if state_dict[key] != here:
                 raise ValueError(f"data.{key}: the run was begun with {state_dict[key]}, the configuration says {here}")
+        if state_dict["samples"] != identity(self.source):
+            raise ValueError("data.source: the run was begun on other samples; give the same, or begin another run from it")
         if isinstance(self.source, Streamed):
             if "streamed" not in state_dict:
                 raise ValueError("data.source: the run was begun with a source that is not Streamed; give the same")

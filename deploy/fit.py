@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 import time
@@ -30,10 +31,12 @@ from trainer.callbacks.checkpoint import Checkpoints, WholeFiles
 from trainer.callbacks.metrics import Metrics
 from trainer.callbacks.preemption import EXIT, Preemption
 from trainer.callbacks.watch import Watch, out_of_memory
+from trainer.callbacks.watchdog import EXIT as LOST_EXIT
 from trainer.callbacks.watchdog import Watchdog
 
 ROOMS = ("models", "data", "trainer.objectives", "trainer.callbacks")
 MODULES = ("trainer.module", "trainer.autoencoder", "trainer.times")
+LOST = r"(?i)closed by peer|reset by peer|connection refused|broken pipe|NCCL|timed out"  # what collectives say of it
 DEFAULTS = {  # of the Trainer; a configuration may say otherwise
     "max_epochs": -1,
     "use_distributed_sampler": False,
@@ -57,10 +60,13 @@ def import_components() -> None:
 
 def revision() -> str:
     """Return the version of this code: the commit it is checked out at, and whether it was changed since, or the package's."""
-    command = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--abbrev=40", "--dirty"]
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():  # installed from a wheel, perhaps inside somebody's repository
+        return version("rectify")
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # installed from a wheel, or no git here
+    except (OSError, subprocess.CalledProcessError):  # no git here
         return version("rectify")
 
 
@@ -176,9 +182,16 @@ def begin(cli: Fit) -> None:
     callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.newest, weights_only=True)
+    except SystemExit:
+        if cli.trainer.interrupted:  # Lightning ends with its own code
+            raise KeyboardInterrupt from None
+        raise
     except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         if said := out_of_memory(error, cli.trainer):
             raise ValueError(said) from error
+        if cli.trainer.world_size > 1 and re.search(LOST, str(error)):
+            print(f"rectify: error: another rank ended ({one_line(error)[:200]}); run the same command again", file=sys.stderr)
+            raise SystemExit(LOST_EXIT) from error
         begun = any(isinstance(callback, Checkpoints) and callback.saved >= 0 for callback in callbacks)
         if begun or (isinstance(error, ValueError) and ours(error)):
             raise
@@ -204,8 +217,6 @@ def fit(args: Sequence[str]) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     cli = build(args)
     begin(cli)
-    if cli.trainer.interrupted:
-        raise KeyboardInterrupt
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()  # its own process would write on for a while
     callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]

@@ -62,11 +62,6 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sums(folder: Path) -> dict[str, str]:
-    """Return the checksums of a checkpoint's files."""
-    return {path.name: checksum(path) for path in sorted([*folder.glob("*.safetensors"), folder / REST])}
-
-
 def read_rest(folder: Path) -> dict[str, Any]:
     """Read what is no tensor, without running code from it."""
     return torch.load(folder / REST, map_location="cpu", weights_only=True)
@@ -92,7 +87,8 @@ def agree(folder: Path, mesh: DeviceMesh | None) -> None:
     """Compare all files with their checksums; ranks share the work, and all raise if one finds a difference."""
     recorded = json.loads((folder / SUMS).read_text())
     rank, world = (mesh.get_rank(), mesh.size()) if mesh else (0, 1)
-    bad = []
+    there = {path.name for path in (*folder.glob("*.safetensors"), folder / REST)}
+    bad = sorted(there - recorded.keys())
     for name in sorted(recorded)[rank::world]:
         path = folder / Path(name).name
         if not path.is_file() or checksum(path) != recorded[name]:

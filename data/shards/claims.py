@@ -61,7 +61,7 @@ class Claims:
         try:
             self.folder.mkdir(exist_ok=True)  # the last but one may just have removed it
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # somebody's; or the folder went just now, with the last of the work
             return False
         return True
 

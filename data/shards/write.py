@@ -119,6 +119,13 @@ class ShardWriter:
 
         Each sample is {"__key__": name, field: bytes}; the names must be unique in the set.
         """
+        try:
+            self._make(number, samples, extra)
+        except FileNotFoundError:  # swept by another process that made this shard too, and with it finished the set
+            if not self.finished(number):
+                raise
+
+    def _make(self, number: int, samples: Iterable[dict[str, Any]], extra: dict[str, Any]) -> None:
         tar = self._path(number, "tar")
         with atomic(tar) as file, TarWriter(file, encoder=False, mtime=0.0) as writer:
             for sample in samples:

@@ -1,7 +1,11 @@
 """Signals and bad losses, with real processes."""
 
+import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -84,3 +88,55 @@ def test_averages_of_several_widths_are_kept_and_rebuilt(workspace, undisturbed_
     for name, value in rebuilt.state_dict().items():
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-6)
     assert "no EMA snapshots" in workspace.rectify("ema", "--run", undisturbed_run, "--width", "0.1", code=2).stderr
+
+
+def test_a_signal_in_the_middle_of_an_accumulated_step_loses_nothing(workspace, undisturbed_run, tmp_path):
+    """The step begins anew from its first part; and it may be cut into another number of parts from then on."""
+    out, words = tmp_path / "run", (*LONG, "--preemption.every", "1", "--trainer.accumulate_grad_batches")
+    process = workspace.start(*fit(out, 40, *words, "8"))
+    until(process, lambda: (out / "metrics.jsonl").exists())
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == EXIT
+    workspace.rectify(*fit(out, 40, *words, "4"))
+    found, wanted = ([json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] for run in (out, undisturbed_run))
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_weights_that_are_not_finite_are_never_saved(workspace, tmp_path):
+    """The first loss is finite, the first update is not."""
+    words = ("--optimizer.lr", "1e37", "--trainer.gradient_clip_val", "null", "--checkpoints.every", "1", "--watch.every", "9")
+    failed = workspace.rectify(*fit(tmp_path / "run", 40, *words), code=3)
+    assert "the weights after step 1 are not finite" in failed.stderr.strip().splitlines()[-1]
+    assert not list((tmp_path / "run" / "checkpoints").glob("step=*"))
+
+
+def test_ranks_that_see_different_checkpoints_do_not_begin(workspace, undisturbed_run, tmp_path):
+    """As on nodes whose run folders are not shared."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", "bash", "-c"]
+    words = " ".join(
+        map(str, fit("$OUT", 50, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.logger", "false"))
+    )
+    choose = (
+        f"if [ $RANK = 0 ]; then OUT={undisturbed_run}; else OUT={tmp_path}/empty; fi; exec {sys.executable} -m deploy {words}"
+    )
+    done = subprocess.run([*command, choose], cwd=workspace.path, env=workspace.environment(), capture_output=True, text=True)
+    assert (
+        done.returncode == 1
+        and "ranks see different newest checkpoints (rank 0: step=000000040.ckpt; rank 1: none)" in done.stderr
+    )
+
+
+def test_the_keyboard_stops_it_with_its_own_code(workspace, tmp_path):
+    process = workspace.start(*fit(tmp_path / "run", 4000))
+    until(process, lambda: (tmp_path / "run/metrics.jsonl").exists())
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.strip().endswith("rectify: stopped; the same command goes on from here")
+
+
+def test_another_set_of_samples_is_not_gone_on_with(workspace, undisturbed_run, tmp_path):
+    shutil.copytree(undisturbed_run, tmp_path / "run")
+    failed = workspace.rectify(
+        *fit(tmp_path / "run", 50, "--data.source", "Pairs", "--data.source.path", "runs/demo/pairs"), code=2
+    )
+    assert "data.source: the run was begun on other samples" in failed.stderr

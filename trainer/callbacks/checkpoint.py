@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -11,7 +13,7 @@ from data.files import atomic, remove, sweep
 from models import teacher
 from models.tensors import save_nested
 from trainer.callbacks.watch import Watch
-from trainer.fsdp import FSDP2
+from trainer.fsdp import FSDP2, local
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -27,6 +29,17 @@ class WholeFiles(TorchCheckpointIO):
         return teacher.read(path)
 
 
+def check(trainer: Trainer) -> None:
+    """Raise on all ranks if a weight is no longer finite on any."""
+    weights = [local(value.detach()) for value in trainer.lightning_module.parameters()]
+    finite = bool(torch.stack(torch._foreach_norm(weights)).isfinite().all())
+    if trainer.strategy.reduce_boolean_decision(not finite, all=False):
+        raise FloatingPointError(
+            f"{trainer.default_root_dir}: the weights after step {trainer.global_step} are not finite, though its loss was; the "
+            "last good checkpoint is kept; lower optimizer.lr or set trainer.gradient_clip_val, and run again"
+        )
+
+
 class Checkpoints(Checkpoint):
     """Saves `checkpoints/step=N.ckpt` every so often and at the end, keeping the newest few.
 
@@ -39,6 +52,23 @@ class Checkpoints(Checkpoint):
         if every < 1 or keep < 1:
             raise ValueError(f"Checkpoints: every ({every}) and keep ({keep}) must be at least 1")
         self.every, self.keep, self.saved = every, keep, -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse ranks that see different checkpoints: some would begin anew while others go on."""
+        if trainer.world_size > 1:
+            newest = [path.name for path in sorted(self._folder(trainer).glob("step=*.ckpt"))[-1:]]
+            seen: list[list[str]] = [[]] * trainer.world_size
+            dist.all_gather_object(seen, newest)
+            if any(names != seen[0] for names in seen):
+                told = "; ".join(f"rank {rank}: {(names or ['none'])[0]}" for rank, names in enumerate(seen))
+                raise ValueError(f"{self._folder(trainer)}: ranks see different newest checkpoints ({told}); share the folder")
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Begin with a whole step, whatever part of one was reached and however many parts it now has."""
+        batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for part in ("total", "current"):
+            progress[part] |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove what a killed process left half-written."""
@@ -66,7 +96,8 @@ class Checkpoints(Checkpoint):
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Watch):
-                callback.look(trainer)  # a bad state is never saved
+                callback.look(trainer)  # a bad state is never saved:
+        check(trainer)  # a loss may be finite and its gradient not
         self.saved = trainer.global_step
         path = self._folder(trainer) / f"step={self.saved:09d}.ckpt"
         trainer.save_checkpoint(path)

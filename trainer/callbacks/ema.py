@@ -10,12 +10,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data.files import atomic
 from models.tensors import packed
+from trainer.fsdp import local
 from trainer.posthoc import exponent
-
-
-def local(value: Tensor) -> Tensor:
-    """Return this rank's part of a weight, sharing its memory."""
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def full(value: Tensor) -> Tensor:

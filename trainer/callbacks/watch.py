@@ -1,6 +1,8 @@
 """A watch on the loss and on memory: a run that went wrong stops, says where, and keeps its last good checkpoint."""
 
 import sys
+from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -11,7 +13,16 @@ from torch.optim import Optimizer
 
 from data.batch import Batch, Set
 
-Part = tuple[Batch, Tensor, tuple[Tensor, Tensor] | None]  # a micro-batch, its loss, and (times, errors) of its samples
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch without its samples: where it stands, its loss, and (times, errors) of its samples."""
+
+    step: int
+    position: int  # of its first sample in the whole sequence
+    seed: int
+    loss: Tensor
+    seen: tuple[Tensor, Tensor] | None
 
 
 class Watch(Callback):
@@ -65,36 +76,36 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any) -> None:
         """Remember the losses of the last steps; now and then, look."""
-        self.recent.append((batch, outputs["loss"].detach(), getattr(getattr(pl_module, "objective", None), "seen", None)))
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches  # by which Lightning has divided it
+        seen = getattr(getattr(pl_module, "objective", None), "seen", None)
+        self.recent.append(Part(batch.step, batch.step * batch.size + batch.start, batch.seed, loss, seen))
         if trainer.global_step % self.every == 0:
             self.look(trainer)
 
     def look(self, trainer: Trainer) -> None:
         """Raise, naming the step, its samples and their times, if there was a bad loss on any rank."""
         recent, self.recent = self.recent, []
-        losses = torch.stack([loss for _, loss, _ in recent]).tolist() if recent else []
-        bad = [place for place, loss in enumerate(losses) if not abs(loss) <= self.limit]
-        if not trainer.strategy.reduce_boolean_decision(bool(bad) and not self.skip, all=False):
+        losses = torch.stack([part.loss for part in recent]).tolist() if recent else []
+        bad = [part for part, loss in zip(recent, losses) if not abs(loss) <= self.limit and (isfinite(loss) or not self.skip)]
+        if not trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
             return
         if not bad:
             raise FloatingPointError(f"{trainer.default_root_dir}: another rank's loss is not finite")
-        batch, _, seen = recent[bad[0]]
         raise FloatingPointError(
-            f"{trainer.default_root_dir}: the loss of step {batch.step} is not finite or over {self.limit:g}"
-            f"{self._samples(trainer, batch, seen)}; the last good checkpoint is kept; lower optimizer.lr or set "
+            f"{trainer.default_root_dir}: the loss of step {bad[0].step} is not finite or over {self.limit:g}"
+            f"{self._samples(trainer, bad[0])}; the last good checkpoint is kept; lower optimizer.lr or set "
             "trainer.gradient_clip_val, and run again"
         )
 
-    def _samples(self, trainer: Trainer, batch: Batch, seen: tuple[Tensor, Tensor] | None) -> str:
+    def _samples(self, trainer: Trainer, part: Part) -> str:
         """Return which samples of a batch are bad, and between which times they lie."""
-        times, errors = seen or (torch.zeros(0), torch.full((len(batch.x),), torch.nan))
+        times, errors = part.seen or (torch.zeros(0), torch.full(self.shape[:1], torch.nan))
         places = (~(errors.abs() <= self.limit)).nonzero().flatten().tolist()
         said = f" ({len(places)} samples"
         source = trainer.datamodule.source  # type: ignore[attr-defined]
         if isinstance(source, Set) and places:
-            order = source.order(batch.seed)
-            begin = batch.step * batch.size + batch.start
-            said += f", indices {[int(order.indices(begin + place, 1)[0]) for place in places[:8]]}"
+            order = source.order(part.seed)
+            said += f", indices {[int(order.indices(part.position + place, 1)[0]) for place in places[:8]]}"
         if len(times) and places:
             said += f", times {times[places].min():.3f} to {times[places].max():.3f}"
         return said + ")"

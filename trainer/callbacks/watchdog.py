@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 EXIT = 4
-PHASES = ("reading data", "forward", "backward", "optimizer step and callbacks")
+PHASES = ("reading data or validating", "forward", "backward", "optimizer step and callbacks")
 
 
 class Watchdog(Callback):
@@ -28,7 +28,7 @@ class Watchdog(Callback):
     def __init__(self, timeout: float = 900.0):
         if timeout < 0:
             raise ValueError(f"Watchdog: timeout is {timeout}, it must be positive, or 0 for none")
-        self.timeout, self.mark = timeout, (0, 0)
+        self.timeout, self.mark = timeout, (0, 0, 0)  # optimizer step, phase, batches validated in it
         self.ended = threading.Event()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -43,19 +43,23 @@ class Watchdog(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Data were read."""
-        self.mark = (trainer.global_step, 1)
+        self.mark = (trainer.global_step, 1, 0)
 
     def on_before_backward(self, trainer: Trainer, *_: Any) -> None:
         """The loss is known."""
-        self.mark = (trainer.global_step, 2)
+        self.mark = (trainer.global_step, 2, 0)
 
     def on_after_backward(self, trainer: Trainer, *_: Any) -> None:
         """Gradients are there."""
-        self.mark = (trainer.global_step, 3)
+        self.mark = (trainer.global_step, 3, 0)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """The next batch is to be read."""
-        self.mark = (trainer.global_step, 0)
+        self.mark = (trainer.global_step, 0, 0)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """A held-out batch is done."""
+        self.mark = (trainer.global_step, 0, self.mark[2] + 1)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop watching."""
@@ -67,7 +71,7 @@ class Watchdog(Callback):
         while not self.ended.wait(self.timeout / 20):
             beat += 1
             try:
-                store.set(str(rank), f"{beat} {self.mark[0]} {self.mark[1]} {socket.gethostname()}")
+                store.set(str(rank), " ".join(map(str, (beat, *self.mark, socket.gethostname()))))
                 names = map(str, range(len(self.heard)))
                 self.heard = [store.get(name).decode() if store.check([name]) else "" for name in names]
             except (RuntimeError, dist.DistError):
@@ -77,22 +81,23 @@ class Watchdog(Callback):
     def _watch(self) -> None:
         """End the process when nobody has got on for too long."""
         ranks = range(len(self.heard))
-        said, changed, marks = [""] * len(ranks), [time.monotonic()] * len(ranks), [(0, 0, "an unknown host")] * len(ranks)
+        said, changed, marks = [""] * len(ranks), [time.monotonic()] * len(ranks), [(0, 0, 0, "an unknown host")] * len(ranks)
         moved = time.monotonic()
         while not self.ended.wait(self.timeout / 20):
             now, heard = time.monotonic(), self.heard
             for rank in ranks:
                 if heard[rank] != said[rank]:
                     said[rank], changed[rank] = heard[rank], now
-                    _, step, phase, host = heard[rank].split(" ", 3)
-                    if (int(step), int(phase), host) != marks[rank]:
-                        marks[rank], moved = (int(step), int(phase), host), now
+                    _, step, phase, batches, host = heard[rank].split(" ", 4)
+                    mark = (int(step), int(phase), int(batches), host)
+                    if mark != marks[rank]:
+                        marks[rank], moved = mark, now
             if now - self.talked > self.timeout:
                 self._end(f"the first host has not been reachable for {self.timeout:g} s")
             if now - moved > self.timeout:
                 silent = [rank for rank in ranks if now - changed[rank] > self.timeout / 2]
-                behind = silent or [rank for rank in ranks if marks[rank][:2] == min(mark[:2] for mark in marks)]
-                names = [f"rank {r} on {marks[r][2]} (step {marks[r][0]}, {PHASES[marks[r][1]]})" for r in behind]
+                behind = silent or [rank for rank in ranks if marks[rank][:3] == min(mark[:3] for mark in marks)]
+                names = [f"rank {r} on {marks[r][3]} (step {marks[r][0]}, {PHASES[marks[r][1]]})" for r in behind]
                 what = "no sign of life from" if silent else "the others wait for"
                 self._end(f"no progress for {self.timeout:g} s; {what} {', '.join(names)}")
 
