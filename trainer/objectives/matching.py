@@ -27,8 +27,8 @@ class Matching(Objective):
     def __call__(
         self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, cond: Tensor | None = None, draws: Draws | None = None
     ) -> Tensor:
-        t = self.times(draws.stratified("time") if draws else torch.rand(len(x), device=x.device))
         interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+        t = self.times.on(interpolant)(draws.stratified("time") if draws else torch.rand(len(x), device=x.device))
         y = self.measure or getattr(denoiser, "prediction", None) or Velocity()
         x_hat, eps_hat = denoiser(interpolant.mix(x, eps, t), t, cond)
         squares = y.target(interpolant, x_hat - x, eps_hat - eps, t).square()
