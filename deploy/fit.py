@@ -32,7 +32,7 @@ from trainer.callbacks.watch import Watch, out_of_memory
 from trainer.callbacks.watchdog import Watchdog
 
 ROOMS = ("models", "data", "trainer.objectives", "trainer.callbacks")
-MODULES = ("trainer.module", "trainer.autoencoder", "trainer.times")
+MODULES = ("trainer.module", "trainer.autoencoder", "trainer.times", "trainer.weights", "trainer.errors")
 DEFAULTS = {  # of the Trainer; a configuration may say otherwise
     "max_epochs": -1,
     "use_distributed_sampler": False,
