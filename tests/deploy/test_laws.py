@@ -1,4 +1,4 @@
-"""`rectify fit` takes every law, weight and error by its short name."""
+"""`rectify fit` takes every law, weight and error by its short name, and logs the loss by time."""
 
 import json
 
@@ -66,6 +66,24 @@ def test_short_names_train(train, tmp_path, option, name):
     assert not train(f"{OBJECTIVE}.{option}", name)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [line["step"] for line in lines] == [1, 2] and all(line["loss"] > 0 for line in lines)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_log_tells_the_loss_by_time(train, tmp_path, parts):
+    """Stratified times fall evenly into the bins: the mean of their losses is the loss, in one batch or accumulated."""
+    assert not train("--trainer.accumulate_grad_batches", str(parts))
+    for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").open()):
+        told = [line[f"loss_t{i}"] for i in range(4)]
+        assert sum(told) / 4 == pytest.approx(line["loss"], rel=1e-5) and max(told) > min(told)
+
+
+def test_bins_may_be_empty_or_none(train, tmp_path):
+    narrow = (f"{OBJECTIVE}.times", "LogitNormal", f"{OBJECTIVE}.times.init_args.std", "0.01")
+    assert not train(*narrow, "--metrics.bins", "5")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert all("loss_t2" in line and not {"loss_t1", "loss_t3"} & line.keys() for line in lines)
+    assert all(line["loss_t2"] == pytest.approx(line["loss"], rel=1e-5) for line in lines)
+    assert train("--metrics.bins", "-1", "--out", str(tmp_path / "other")) == 2
 
 
 def test_arguments_of_a_law_are_checked(train, capfd):
