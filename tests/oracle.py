@@ -29,6 +29,13 @@ class Mixture:
         x_hat = (r * (m + alpha * s**2 / v * gap)).sum(0)
         return x_hat.to(x_t.dtype), (r * sigma / v * gap).sum(0).to(x_t.dtype)
 
+    def log_density(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return log p_t(x_t), (B,), float64, at t of shape (), of states (B, ...)."""
+        alpha, sigma = self.interpolant(t.double())
+        v = (alpha**2 * self.s**2 + sigma**2)[:, None, None]
+        gap = x_t.double().flatten(1) - (alpha * self.m)[:, None, None]
+        return (-(gap**2 / v + (2 * torch.pi * v).log()) / 2).sum(2).add(self.w.log()[:, None]).logsumexp(0)
+
 
 def single(interpolant: Interpolant, mean: float = 0.5, std: float = 0.7) -> Mixture:
     """Return the exact denoiser of N(mean, std^2)."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from trainer.callbacks.metrics import by_time
 from trainer.posthoc import exponent, products, weights
 
 
@@ -47,3 +48,14 @@ def test_snapshots_of_two_widths_make_a_third():
     near = (averages[0.05] - averages[0.08]).abs().mean()
     assert (rebuilt - averages[0.08]).abs().mean() < 0.02 * near
     assert found.sum() == pytest.approx(1, abs=1e-2)
+
+
+def test_the_loss_by_time_is_one_on_any_number_of_ranks():
+    """Ranks add sums and counts: a bin that is empty on one of them, or on all, makes no NaN."""
+    times = torch.tensor([0.0, 0.1, 0.3, 0.31, 0.32, 0.8, 0.9, 1.0])
+    errors = torch.arange(8.0)
+    whole = by_time([(times, errors)], 4, lambda sums: sums)
+    assert whole == {"loss_t0": 0.5, "loss_t1": 3.0, "loss_t3": 6.0}
+    sums = []
+    by_time([(times[:2], errors[:2]), (times[2:3], errors[2:3])], 4, lambda mine: sums.append(mine) or mine)
+    assert by_time([(times[3:], errors[3:])], 4, lambda mine: mine + sums[0]) == whole

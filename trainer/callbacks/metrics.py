@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,22 @@ class Metrics(Callback):
 
     A resumed run cuts the file back to where it goes on. Lightning's own `log` would cost half a millisecond in every step.
 
+    Beside the mean loss stand `loss_t0`, `loss_t1`, ...: those of the samples whose t fell into each of equal parts of [0, 1]; a
+    part in which none fell is left out.
+
     Args:
         every: optimizer steps between lines.
+        bins: parts of [0, 1] in which the loss is told apart; 0 for none.
     """
 
-    def __init__(self, every: int = 20):
+    def __init__(self, every: int = 20, bins: int = 4):
         if every < 1:
             raise ValueError(f"Metrics: every is {every}, it must be at least 1")
-        self.every, self.step = every, -1
+        if bins < 0:
+            raise ValueError(f"Metrics: bins is {bins}, it must be at least 1, or 0 for none")
+        self.every, self.bins, self.step = every, bins, -1
         self.parts: list[dict[str, Tensor]] = []  # what the micro-batches of this step returned
+        self.seen: list[tuple[Tensor, Tensor]] = []  # times and errors of their samples, where the objective keeps them
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop lines of steps that will be made again, and start the progress meter."""
@@ -42,15 +50,20 @@ class Metrics(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Count the step, and write a line when one is due: means over the global batch, of all ranks and parts."""
         self.parts.append(outputs)
+        if seen := getattr(getattr(pl_module, "objective", None), "seen", None):
+            self.seen.append(seen)
         if trainer.global_step == self.step:
             return  # gradients are still accumulating
         self.meter.add(trainer.global_step - self.step)
         self.step, parts, self.parts = trainer.global_step, self.parts, []
+        seen, self.seen = self.seen, []
         if self.step % self.every:
             return
         means = {name: torch.stack([part[name].detach() for part in parts]).mean() for name in parts[0]}
         means["loss"] *= len(parts)  # which Lightning has divided by their number
         values = {name: trainer.strategy.reduce(value, reduce_op="mean").item() for name, value in means.items()}
+        if seen and self.bins:
+            values |= by_time(seen, self.bins, lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))
         self._write(trainer, values)
         self.meter.add(0, f"loss {values['loss']:.4f}")
 
@@ -70,6 +83,21 @@ class Metrics(Callback):
         """Close the meter, also after an error."""
         if meter := self.__dict__.pop("meter", None):
             meter.__exit__()
+
+
+def by_time(seen: list[tuple[Tensor, Tensor]], bins: int, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """Return the mean error of each bin of [0, 1] that is not empty, named loss_t0 and so on.
+
+    Args:
+        seen: times and errors of samples, (B,) each.
+        bins: equal parts of [0, 1].
+        total: sums a tensor over the ranks; samples are counted, so that a rank without any in a bin does no harm.
+    """
+    times, errors = (torch.cat(parts) for parts in zip(*seen))
+    place = (times * bins).long().clamp(0, bins - 1)
+    ours = torch.stack([errors.float(), torch.ones_like(errors, dtype=torch.float32)])
+    sums, counts = total(torch.zeros_like(ours[:, :1]).repeat(1, bins).index_add(1, place, ours)).tolist()
+    return {f"loss_t{i}": sums[i] / counts[i] for i in range(bins) if counts[i]}
 
 
 def read_log(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

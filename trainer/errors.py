@@ -1,0 +1,38 @@
+"""Errors: how far one thing is from another."""
+
+import math
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+
+class Error(ABC):
+    """A distance of zero, whose mean over the batch is the loss."""
+
+    @abstractmethod
+    def __call__(self, gap: Tensor) -> Tensor:
+        """Return errors (B, ...), not negative, of gaps (B, C, H, W); a sample's error is the mean of its own."""
+
+
+class Squared(Error):
+    """e^2, per dimension."""
+
+    def __call__(self, gap: Tensor) -> Tensor:
+        return gap.square()
+
+
+class PseudoHuber(Error):
+    """sqrt(|e|^2 + c^2) - c, per sample, c = scale x its dimensions (2405.20320, section 4.2): |e|^2 / 2c near 0, then |e|.
+
+    Args:
+        scale: c of a sample of one dimension, positive.
+    """
+
+    def __init__(self, scale: float = 0.00054):
+        if not 0 < scale < math.inf:
+            raise ValueError(f"PseudoHuber: scale is {scale}, it must be positive")
+        self.scale = scale
+
+    def __call__(self, gap: Tensor) -> Tensor:
+        squares, c = gap.square().flatten(1).sum(1, keepdim=True), self.scale * gap[0].numel()
+        return squares / ((squares + c**2).sqrt() + c)  # the difference itself loses its digits near 0
