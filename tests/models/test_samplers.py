@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from models.guidance import Guided
-from models.interpolant import Interpolant, Linear, Trigonometric, VariancePreserving
+from models.interpolant import Linear, Trigonometric, VariancePreserving
 from models.sampler import DDIM, Heun, Sampler
+from tests.forms import INTERPOLANTS, every_interpolant
 from tests.oracle import Mixture, Point, single
 
-INTERPOLANTS = [cls() for cls in Interpolant.__subclasses__()]
-every_interpolant = pytest.mark.parametrize("interpolant", INTERPOLANTS, ids=repr)
 ORDERS = {DDIM: 1, Heun: 2}
 
 
