@@ -4,14 +4,16 @@ import math
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
-from models.interpolant import Interpolant, Linear, VariancePreserving
+from models.interpolant import Discrete, Interpolant, Linear, VariancePreserving
 from models.prediction import Noise, Prediction, Score, Velocity
+from tests.forms import INTERPOLANTS, PREDICTIONS, every_interpolant, every_prediction
 
-INTERPOLANTS = [cls() for cls in Interpolant.__subclasses__()] + [Linear(0.1), VariancePreserving(0.5, 10.0)]
-PREDICTIONS = [cls() for cls in Prediction.__subclasses__()]
-every_interpolant = pytest.mark.parametrize("interpolant", INTERPOLANTS, ids=repr)
-every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS, ids=repr)
+
+def test_every_form_is_tested():
+    assert {type(form) for form in INTERPOLANTS} == set(Interpolant.__subclasses__())
+    assert {type(form) for form in PREDICTIONS} == set(Prediction.__subclasses__())
 
 
 @every_interpolant
@@ -32,7 +34,7 @@ def test_conversions_round_trip(interpolant, prediction, dtype):
 
 @every_interpolant
 def test_rates_are_finite_differences(interpolant):
-    t, h = torch.linspace(0.05, 0.95, 91, dtype=torch.float64), 1e-5
+    t, h = torch.linspace(0.05037, 0.95037, 91, dtype=torch.float64), 1e-5  # Discrete is not smooth at its knots, 1e-3 apart
     for rate, ahead, behind in zip(interpolant.rates(t), interpolant(t + h), interpolant(t - h)):
         torch.testing.assert_close(rate, (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-8)
 
@@ -89,3 +91,41 @@ def test_velocity_and_score_agree(interpolant):
 def test_impossible_interpolants_are_refused(make):
     with pytest.raises(ValueError, match="sigma_min|beta_min"):
         make()
+
+
+SCHEDULES = [Discrete.linear, Discrete.scaled_linear, Discrete.squaredcos_cap_v2]
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.__name__)
+def test_discrete_is_diffusers_schedule(schedule, zero):
+    theirs = DDPMScheduler(beta_schedule=schedule.__name__, rescale_betas_zero_snr=zero).alphas_cumprod.double()
+    alpha, sigma = schedule(zero_terminal_snr=zero)(torch.arange(1, 1001, dtype=torch.float64) / 1000)
+    torch.testing.assert_close(alpha.square(), theirs, rtol=2e-5, atol=1e-6)  # theirs is a product of 1000 float32 numbers
+    torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones(1000, dtype=torch.float64))
+
+
+def test_stable_diffusion_keeps_signal_at_the_end_and_zero_terminal_snr_does_not():
+    one = torch.ones((), dtype=torch.float64)
+    stable = {"beta_start": 0.00085, "beta_end": 0.012}
+    assert Discrete.scaled_linear(**stable)(one)[0].square().item() == pytest.approx(0.00466, abs=5e-6)
+    alpha, sigma = Discrete.scaled_linear(**stable, zero_terminal_snr=True)(one)
+    assert alpha == 0 and sigma == 1
+
+
+@pytest.mark.parametrize("betas", [[0.1] * 10, [0.5, 0.001, 0.9, 0.01, 0.3], torch.rand(50).mul(0.5).add(1e-6).tolist()])
+@pytest.mark.parametrize("zero", [False, True])
+def test_discrete_falls_and_ends_in_data_for_any_betas(betas, zero):
+    discrete = Discrete(betas, zero)
+    alpha, sigma = discrete(torch.linspace(0, 1, 20_001, dtype=torch.float64))
+    assert (torch.diff(sigma / alpha.clamp(min=1e-300)) > 0).all() and sigma[0] == 0
+    assert (torch.diff(sigma).abs().max() < 0.05).item()  # continuous
+    if not zero:
+        kept = torch.tensor(betas, dtype=torch.float64).neg().add(1).cumprod(0)
+        torch.testing.assert_close(discrete(torch.arange(1, len(betas) + 1).double() / len(betas))[0].square(), kept)
+
+
+@pytest.mark.parametrize("betas", [[0.1, 0.0, 0.1], [0.1, -0.2, 0.1], [0.1, 0.2, 1.0], [0.1, float("nan"), 0.1], [0.1]])
+def test_impossible_betas_are_refused(betas):
+    with pytest.raises(ValueError, match="betas"):
+        Discrete(betas)

@@ -1,0 +1,23 @@
+"""One example or more of every interpolant and every prediction: what the property tests walk over."""
+
+import inspect
+
+import pytest
+
+from models.interpolant import Discrete, Interpolant
+from models.prediction import Prediction
+
+
+def plain(base: type) -> list:
+    """Return an instance of every subclass whose arguments all have defaults."""
+    parameters = {cls: inspect.signature(cls).parameters.values() for cls in base.__subclasses__()}
+    return [cls() for cls, of in parameters.items() if all(p.default is not p.empty for p in of)]
+
+
+INTERPOLANTS = plain(Interpolant) + [
+    Discrete.scaled_linear(beta_start=0.00085, beta_end=0.012),
+    Discrete.scaled_linear(zero_terminal_snr=True),
+]
+PREDICTIONS = plain(Prediction)
+every_interpolant = pytest.mark.parametrize("interpolant", INTERPOLANTS, ids=repr)
+every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS, ids=repr)
