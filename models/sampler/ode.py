@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from models.interpolant import expand
 from models.sampler.base import DenoiserLike, Sampler, Walk
@@ -113,6 +112,8 @@ class Adaptive(Sampler):
         self._walked: Walk | None = None
 
     def step(self, walk: Walk, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        from torchdiffeq import odeint  # slow to import, by scipy
+
         self._walked = walk
         if not x_t.isfinite().all():
             return x_t  # torchdiffeq would fail with an assertion; the sampler names it
