@@ -61,7 +61,7 @@ def test_order_of_convergence(interpolant, sampler):
         grid = torch.linspace(0.98, 0.02, steps + 1, dtype=torch.float64).tolist()
         return (sampler(steps, grid).walk(mixture(interpolant), start)[-1] - exact).abs().max().item()
 
-    steps = 12 if ORDERS[sampler] == 4 else 32  # at finer ones the knots of Discrete, whose rates are C^0, come to the fore
+    steps = {DPMSolver2M: 64, RungeKutta4: 16}.get(sampler, 32)  # finer ones meet the knots of Discrete, a C^1 curve
     assert math.log2(error(steps) / error(2 * steps)) > ORDERS[sampler] - 0.25
 
 
@@ -130,13 +130,17 @@ def test_full_walks_converge_to_the_exact_map_and_back(interpolant, sampler):
 @pytest.mark.parametrize("sampler", [*ORDERS, Adaptive], ids=lambda s: s.__name__)
 @torch.inference_mode()
 def test_inversion_round_trips(interpolant, sampler):
-    """On a mixture, from t = .98 to .02 and back in many steps; noise comes back as it was."""
-    steps = {1: 64, 2: 32, 4: 16, None: 1}[ORDERS.get(sampler)]
-    grid = torch.linspace(0.98, 0.02, steps + 1, dtype=torch.float64).tolist()
-    walk = sampler(steps, grid)
-    eps = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64).view(-1, 1, 1, 1)
-    again = walk.invert(mixture(interpolant), walk(mixture(interpolant), eps))
-    torch.testing.assert_close(again, eps, atol=0.15 if ORDERS.get(sampler) == 1 else 0.03, rtol=0)
+    """On a mixture, from t = .98 to .02 and back, the noise comes back but for a small part, of first order at worst."""
+    eps, order = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64).view(-1, 1, 1, 1), ORDERS.get(sampler)
+
+    def error(steps):
+        walk = sampler(steps, torch.linspace(0.98, 0.02, steps + 1, dtype=torch.float64).tolist())
+        return (walk.invert(mixture(interpolant), walk(mixture(interpolant), eps)) - eps).abs().max().item()
+
+    if order == 1:
+        assert math.log2(error(64) / error(128)) > 0.75
+    else:
+        assert error({2: 32, 4: 16, None: 1}[order]) < 0.03
 
 
 class Network(torch.nn.Module):
