@@ -29,6 +29,17 @@ class Interpolant(ABC):
         alpha, sigma = torch.func.jvp(self, (flat,), (torch.ones_like(flat),))[1]
         return alpha.reshape(t.shape), sigma.reshape(t.shape)
 
+    def time(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Return the t at which alpha(t) : sigma(t) is alpha : sigma, of their shape; the nearer end of [0, 1] where none is.
+
+        Each round narrows [0, 1] by 256, down to the rounding of t.
+        """
+        t, inner = torch.zeros_like(alpha), torch.arange(1, 256, dtype=alpha.dtype, device=alpha.device)
+        for power in range(1, 9 if alpha.dtype == torch.float64 else 6):
+            a, s = self(t[..., None] + inner / 256.0**power)
+            t = t + (s * alpha[..., None] <= a * sigma[..., None]).sum(-1) / 256.0**power
+        return t
+
     def mix(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return the state x_t of data x and noise eps, both (B, ...), at t of shape (B,) or ()."""
         alpha, sigma = self(t)
@@ -78,6 +89,104 @@ class VariancePreserving(Interpolant):
         log_alpha = -(self.beta_max - self.beta_min) * t**2 / 4 - self.beta_min * t / 2
         # expm1: 1 - alpha^2 loses three digits near t = 0
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+
+
+class SubVariancePreserving(Interpolant):
+    """The sub-VP SDE's marginals: alpha as VP, sigma = 1 - alpha^2 (Score SDE, 2011.13456, eq. 29).
+
+    Args:
+        beta_min: rate of noising at t = 0, positive.
+        beta_max: rate of noising at t = 1, at least beta_min.
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
+        if not 0 < beta_min <= beta_max:
+            raise ValueError(f"SubVariancePreserving: needs 0 < beta_min <= beta_max, got {beta_min} and {beta_max}")
+        self.beta_min, self.beta_max = beta_min, beta_max
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_alpha = -(self.beta_max - self.beta_min) * t**2 / 4 - self.beta_min * t / 2
+        return log_alpha.exp(), -torch.expm1(2 * log_alpha)
+
+
+class VarianceExploding(Interpolant):
+    """alpha = 1, sigma geometric from sigma_min to sigma_max: the VE SDE (Score SDE, 2011.13456, eq. 29 and appendix C).
+
+    Args:
+        sigma_min: noise left at t = 0, positive.
+        sigma_max: noise at t = 1, where the data is still there: above it, far above the data's own spread.
+    """
+
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0):
+        _rising("VarianceExploding", sigma_min, sigma_max)
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(t), self.sigma_min * torch.exp(math.log(self.sigma_max / self.sigma_min) * t)
+
+
+class ImprovedCosine(Interpolant):
+    """alpha = cos(phi) / cos(phi_0), phi = (t + s) / (1 + s) pi / 2, alpha^2 + sigma^2 = 1 (2102.09672, eq. 17).
+
+    Args:
+        s: offset that keeps the first steps from being too small, positive.
+    """
+
+    def __init__(self, s: float = 0.008):
+        if not 0 < s < math.inf:
+            raise ValueError(f"ImprovedCosine: s is {s}, it must be positive (without an offset it is Trigonometric)")
+        self.s = s
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        unit = math.pi / 2 / (1 + self.s)
+        first = unit * self.s
+        # sines of small angles: 1 - alpha^2 loses three digits near t = 0, and cos(pi / 2) is not zero in floating point
+        square = torch.sin(unit * t) * torch.sin(unit * t + 2 * first)
+        return torch.sin(unit * (1 - t)) / math.cos(first), square.sqrt() / math.cos(first)
+
+
+class Karras(Interpolant):
+    """alpha = 1, sigma^(1/rho) linear in t: EDM's grid (2206.00364, eq. 5) is uniform in t.
+
+    Args:
+        sigma_min: noise left at t = 0, positive.
+        sigma_max: noise at t = 1, where the data is still there: above sigma_min, far above the data's own spread.
+        rho: how much more finely low noise is divided; 1 is even.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0):
+        _rising("Karras", sigma_min, sigma_max)
+        if not 0 < rho < math.inf:
+            raise ValueError(f"Karras: rho is {rho}, it must be positive")
+        self.sigma_min, self.sigma_max, self.rho = sigma_min, sigma_max, rho
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return torch.ones_like(t), (low + (high - low) * t) ** self.rho
+
+
+def _rising(name: str, sigma_min: float, sigma_max: float) -> None:
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"{name}: needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+
+
+class Shifted(Interpolant):
+    """Another interpolant at a shifted time, logit t' = logit t + log shift (SD3, 2403.03206, eq. 23).
+
+    Args:
+        interpolant: of t'; not itself shifted: shifts multiply, so give the product once.
+        shift: positive; above 1 spends more of t on noise.
+    """
+
+    def __init__(self, interpolant: Interpolant, shift: float):
+        if isinstance(interpolant, Shifted):
+            raise ValueError(f"Shifted: {interpolant!r} is shifted already; shifts multiply, give their product once")
+        if not 0 < shift < math.inf:
+            raise ValueError(f"Shifted: shift is {shift}, it must be positive")
+        self.interpolant, self.shift = interpolant, shift
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.interpolant(self.shift * t / (1 + (self.shift - 1) * t))
 
 
 class Discrete(Interpolant):
