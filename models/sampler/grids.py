@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from models.interpolant import Interpolant
 
@@ -43,7 +42,7 @@ def karras(
     """Return times at which sigma / alpha falls as EDM's does: evenly in its rho-th root, then 0 (2206.00364, eq. 5).
 
     Args:
-        steps: number of steps; the last goes from sigma_min to 0.
+        steps: number of steps; the last goes from sigma_min to t = 0, or to sigma_min where that is t = 0 (VarianceExploding).
         interpolant: whose sigma / alpha is meant.
         sigma_min: last positive sigma / alpha; .002, or the interpolant's least where that is more.
         sigma_max: first sigma / alpha; 80, or the interpolant's largest where that is less.
@@ -53,9 +52,9 @@ def karras(
         raise ValueError(f"karras: rho is {rho}, it must be positive")
     least, largest = _range(interpolant)
     low, high = _within(interpolant, sigma_min or max(least, 0.002), sigma_max or min(largest, 80.0))
-    ramp = torch.linspace(0, 1, _at_least_one(steps), dtype=torch.float64)
+    ramp = torch.linspace(0, 1, _levels(steps, low, least), dtype=torch.float64)
     levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    return [*times_of(levels.log(), interpolant).tolist(), 0.0]
+    return [*interpolant.time(torch.ones_like(levels), levels).tolist()[:steps], 0.0]
 
 
 def uniform_lambda(
@@ -64,26 +63,15 @@ def uniform_lambda(
     """Return times at equal steps of lambda = log(alpha / sigma), then 0 (DPM-Solver, 2206.00927, section 3.2).
 
     Args:
-        steps: number of steps; the last goes from sigma_min to 0.
+        steps: number of steps; the last goes from sigma_min to t = 0, or to sigma_min where that is t = 0 (VarianceExploding).
         interpolant: whose lambda is meant.
         sigma_min: last positive sigma / alpha; .002, or the interpolant's least where that is more.
         sigma_max: first sigma / alpha; 80, or the interpolant's largest where that is less.
     """
     least, largest = _range(interpolant)
     low, high = _within(interpolant, sigma_min or max(least, 0.002), sigma_max or min(largest, 80.0))
-    levels = torch.linspace(math.log(high), math.log(low), _at_least_one(steps), dtype=torch.float64)
-    return [*times_of(levels, interpolant).tolist(), 0.0]
-
-
-def times_of(level: Tensor, interpolant: Interpolant) -> Tensor:
-    """Return the times, float64, at which log(sigma / alpha) is `level`, by bisection: it rises with t."""
-    low, high = torch.zeros_like(level), torch.ones_like(level)
-    for _ in range(60):
-        middle = (low + high) / 2
-        alpha, sigma = interpolant(middle)
-        above = sigma > level.exp() * alpha
-        low, high = low.where(above, middle), middle.where(above, high)
-    return high
+    levels = torch.linspace(math.log(high), math.log(low), _levels(steps, low, least), dtype=torch.float64).exp()
+    return [*interpolant.time(torch.ones_like(levels), levels).tolist()[:steps], 0.0]
 
 
 def _range(interpolant: Interpolant) -> tuple[float, float]:
@@ -100,6 +88,11 @@ def _within(interpolant: Interpolant, low: float, high: float) -> tuple[float, f
     if not (0 < low <= high and least / slack <= low and high <= largest * slack):
         raise ValueError(f"sigma_min {low} and sigma_max {high} must rise within {interpolant!r}'s [{least:.6g}, {largest:.6g}]")
     return low, high
+
+
+def _levels(steps: int, low: float, least: float) -> int:
+    """Return how many levels a grid spans: one more where its last is the interpolant's own end, t = 0."""
+    return _at_least_one(steps) + (low <= least * (1 + 1e-6))
 
 
 def _at_least_one(steps: int) -> int:
