@@ -1,33 +1,77 @@
 """Classifier-free guidance (2207.12598) in one convention: `u + w (c - u)`; w = 1 is none."""
 
+import torch
 from torch import Tensor, nn
 
-from models.interpolant import Interpolant
+from models.interpolant import Interpolant, expand
 from models.sampler import DenoiserLike
 
 
 class Guided(nn.Module):
-    """A denoiser pushed from what it says unconditionally (u) towards, and past, what it says of cond (c).
+    """A denoiser pushed from what a negative says (u) towards, and past, what it says of cond itself (c).
 
     Args:
         denoiser: called as denoiser(x_t, t, cond) and, without a condition, denoiser(x_t, t, None).
-        scale: w; 0 is unconditional, 1 is the denoiser itself at its own cost.
+        scale: w; 0 is the negative alone, 1 is the denoiser itself at its own cost.
+        low: least t at which guidance acts, in [0, 1]; below it, the denoiser itself at its own cost (2404.07724).
+        high: largest t at which it acts, at least `low`.
+        rescale: how far the guided x_hat gets back the standard deviation of the denoiser's own, sample by sample, in [0, 1]
+            (2305.08891, eq. 15 and 16, there of the network's output); 0 not at all.
+        negative: a weaker denoiser on the same interpolant, told cond too (autoguidance, 2406.02507); without it u is the
+            denoiser told nothing.
     """
 
-    def __init__(self, denoiser: DenoiserLike, scale: float):
+    def __init__(
+        self,
+        denoiser: DenoiserLike,
+        scale: float,
+        low: float = 0.0,
+        high: float = 1.0,
+        rescale: float = 0.0,
+        negative: DenoiserLike | None = None,
+    ):
         super().__init__()
-        self.denoiser, self.scale = denoiser, scale
-        self.evaluations = 1 if scale == 1 else 2
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"Guided: the interval of t is [{low}, {high}]; it must lie within [0, 1], low first")
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"Guided: rescale is {rescale}, it must lie in [0, 1]")
+        if negative is not None and repr(negative.interpolant) != repr(denoiser.interpolant):  # type: ignore[attr-defined]
+            raise ValueError("Guided: the negative is on another interpolant than the denoiser; re-time it first")
+        self.denoiser, self.scale, self.low, self.high = denoiser, scale, low, high
+        self.rescale, self.negative = rescale, negative
 
     @property
     def interpolant(self) -> Interpolant:
         """The guided denoiser's own interpolant."""
         return self.denoiser.interpolant  # type: ignore[attr-defined]
 
+    def acts(self, t: Tensor) -> Tensor:
+        """Return where guidance acts, of t's shape."""
+        t = t.float()  # the same answer at an end of the interval whatever the state's precision
+        return (t >= self.low) & (t <= self.high) if self.scale != 1 else torch.zeros_like(t, dtype=torch.bool)
+
+    def evaluations(self, t: Tensor) -> int:
+        """Return the network evaluations of one call at t, shape (B,), per sample: the negative's counts as one too."""
+        return 2 if self.acts(t).any() else 1
+
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the guided (x_hat, eps_hat); they are linear in the output, so that any row gives the same."""
         c = self.denoiser(x_t, t, cond)
-        if self.scale == 1:
+        acts = self.acts(t)
+        if not acts.any():
             return c
-        u = self.denoiser(x_t, t, None)
-        return u[0] + self.scale * (c[0] - u[0]), u[1] + self.scale * (c[1] - u[1])
+        u = self.negative(x_t, t, cond) if self.negative is not None else self.denoiser(x_t, t, None)
+        x_hat, eps_hat = u[0] + self.scale * (c[0] - u[0]), u[1] + self.scale * (c[1] - u[1])
+        if self.rescale:
+            x_hat, eps_hat = self._rescaled(x_hat, eps_hat, c[0], t)
+        if acts.all():
+            return x_hat, eps_hat
+        inside = expand(acts, x_hat)
+        return x_hat.where(inside, c[0]), eps_hat.where(inside, c[1])
+
+    def _rescaled(self, x_hat: Tensor, eps_hat: Tensor, c: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x_hat with its spread drawn towards that of c, and the eps_hat that still makes up x_t with it."""
+        ratio = c.flatten(1).std(1) / x_hat.flatten(1).std(1)
+        alpha, sigma = self.interpolant(t.to(x_hat.dtype).expand(len(x_hat)))
+        factor = expand(self.rescale * ratio + 1 - self.rescale, x_hat)
+        return factor * x_hat, eps_hat + expand(alpha / sigma, x_hat) * (1 - factor) * x_hat

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from models.interpolant import Interpolant
+from models.interpolant import Discrete, Interpolant, Linear, Shifted, VariancePreserving
 from models.prediction import Prediction
 
 
@@ -14,7 +14,13 @@ def plain(base: type) -> list:
     return [cls() for cls, of in parameters.items() if all(p.default is not p.empty for p in of)]
 
 
-INTERPOLANTS = plain(Interpolant)
+INTERPOLANTS = plain(Interpolant) + [
+    Discrete.scaled_linear(beta_start=0.00085, beta_end=0.012),
+    Discrete.scaled_linear(zero_terminal_snr=True),
+    Shifted(Linear(), 3.0),
+    Shifted(VariancePreserving(0.5, 10.0), 0.5),
+    Linear(0.1),
+]
 PREDICTIONS = plain(Prediction)
 every_interpolant = pytest.mark.parametrize("interpolant", INTERPOLANTS, ids=repr)
 every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS, ids=repr)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def collect(
     out: Path,
     pairs: int = 10_240,
     steps: int = 32,
-    sampler: Literal["DDIM", "Heun"] = "DDIM",
+    sampler: job.Deterministic = "DDIM",
     guidance: float = 1.0,
     seed: int = 1,
     shard: int = 512,
@@ -63,7 +63,7 @@ def collect(
         out: folder for the pair set.
         pairs: how many to collect.
         steps: of the teacher's sampler.
-        sampler: the teacher's sampler.
+        sampler: the teacher's sampler; those of second order cost two evaluations a step (DPMSolver2M one), RungeKutta4 four.
         guidance: scale w of u + w (c - u), baked into the pairs; 1 is none.
         seed: of the noises; keep it apart from the seeds of evaluation.
         shard: pairs in one shard, the unit of work.

@@ -1,7 +1,7 @@
 """What encode, collect and evaluate share: an accelerate process, and its share of the work."""
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -10,6 +10,7 @@ from data.progress import Meter
 from data.shards import ShardWriter
 from data.shards.claims import claimed
 
+Deterministic = Literal["DDIM", "DPMSolver2M", "EDMHeun", "Euler", "Heun", "Midpoint", "RungeKutta4"]  # of models.sampler
 THREADS = 2  # of one CPU rank: fixed, because sums over another number of threads can differ in their last bits
 
 

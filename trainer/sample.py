@@ -11,21 +11,29 @@ from trainer.evaluate import Drawing, grid
 
 @torch.inference_mode()
 def sample(
-    run: Path, out: Path, steps: int = 4, count: int = 40, columns: int = 10, guidance: float = 1.0, seed: int = 3
+    run: Path,
+    out: Path,
+    steps: int = 4,
+    count: int = 40,
+    columns: int = 10,
+    guidance: float = 1.0,
+    seed: int = 3,
+    sampler: job.Deterministic = "DDIM",
 ) -> None:
-    """Draw images, every class in turn, from a run's EMA weights with DDIM, into one PNG.
+    """Draw images, every class in turn, from a run's EMA weights into one PNG.
 
     Args:
         run: run folder or checkpoint.
         out: the PNG to write.
-        steps: of DDIM.
+        steps: of the sampler.
         count: number of images, a multiple of columns.
         columns: of the grid.
         guidance: scale w of u + w (c - u).
         seed: of the noises.
+        sampler: what walks from noise to data.
     """
     if columns < 1 or count < 1 or count % columns:
         raise ValueError(f"count: {count} is not a positive multiple of columns ({columns})")
-    images, _ = Drawing(run, guidance, seed, job.start()).images(range(count), steps)
+    images, _ = Drawing(run, guidance, seed, job.start(), sampler).images(range(count), steps)
     with replacing(out) as temporary:
         grid(images, columns).save(temporary, "png")

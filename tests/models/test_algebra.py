@@ -4,14 +4,26 @@ import math
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
-from models.interpolant import Interpolant, Linear, VariancePreserving
+from models.interpolant import (
+    Discrete,
+    ImprovedCosine,
+    Interpolant,
+    Karras,
+    Linear,
+    Shifted,
+    SubVariancePreserving,
+    VarianceExploding,
+    VariancePreserving,
+)
 from models.prediction import Noise, Prediction, Score, Velocity
+from tests.forms import INTERPOLANTS, PREDICTIONS, every_interpolant, every_prediction
 
-INTERPOLANTS = [cls() for cls in Interpolant.__subclasses__()] + [Linear(0.1), VariancePreserving(0.5, 10.0)]
-PREDICTIONS = [cls() for cls in Prediction.__subclasses__()]
-every_interpolant = pytest.mark.parametrize("interpolant", INTERPOLANTS, ids=repr)
-every_prediction = pytest.mark.parametrize("prediction", PREDICTIONS, ids=repr)
+
+def test_every_form_is_tested():
+    assert {type(form) for form in INTERPOLANTS} == set(Interpolant.__subclasses__())
+    assert {type(form) for form in PREDICTIONS} == set(Prediction.__subclasses__())
 
 
 @every_interpolant
@@ -32,7 +44,7 @@ def test_conversions_round_trip(interpolant, prediction, dtype):
 
 @every_interpolant
 def test_rates_are_finite_differences(interpolant):
-    t, h = torch.linspace(0.05, 0.95, 91, dtype=torch.float64), 1e-5
+    t, h = torch.linspace(0.05037, 0.95037, 91, dtype=torch.float64), 1e-5  # Discrete is not smooth at its knots, 1e-3 apart
     for rate, ahead, behind in zip(interpolant.rates(t), interpolant(t + h), interpolant(t - h)):
         torch.testing.assert_close(rate, (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-8)
 
@@ -85,7 +97,119 @@ def test_velocity_and_score_agree(interpolant):
     torch.testing.assert_close(Score().target(interpolant, x, eps, t) * -sigma, Noise().target(interpolant, x, eps, t))
 
 
-@pytest.mark.parametrize("make", [lambda: Linear(-0.1), lambda: Linear(1.0), lambda: VariancePreserving(2.0, 1.0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Linear(-0.1),
+        lambda: Linear(1.0),
+        lambda: VariancePreserving(2.0, 1.0),
+        lambda: SubVariancePreserving(0.0, 1.0),
+        lambda: VarianceExploding(0.0),
+        lambda: VarianceExploding(2.0, 1.0),
+        lambda: VarianceExploding(sigma_max=math.nan),
+        lambda: ImprovedCosine(0.0),
+        lambda: Karras(-1.0),
+        lambda: Karras(rho=0.0),
+        lambda: Shifted(Linear(), 0.0),
+        lambda: Shifted(Linear(), math.nan),
+    ],
+)
 def test_impossible_interpolants_are_refused(make):
-    with pytest.raises(ValueError, match="sigma_min|beta_min"):
+    with pytest.raises(ValueError, match="sigma_min|beta_min|s is|rho is|shift is"):
         make()
+
+
+def test_a_shift_applied_twice_is_refused():
+    with pytest.raises(ValueError, match="shifted already; shifts multiply"):
+        Shifted(Shifted(Linear(), 3.0), 2.0)
+
+
+def test_a_shift_adds_to_the_logit():
+    t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    later = torch.sigmoid(torch.logit(t) + math.log(3.0))
+    torch.testing.assert_close(Shifted(Linear(), 3.0)(t), Linear()(later))
+    torch.testing.assert_close(Shifted(Linear(), 3.0)(torch.tensor([0.0, 1.0])), Linear()(torch.tensor([0.0, 1.0])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@every_interpolant
+def test_time_is_the_inverse(interpolant, dtype):
+    """Also where sigma or alpha is zero, for multiples of (alpha, sigma), and for numbers of any shape."""
+    t = torch.cat([torch.tensor([0.0, 1e-4]), torch.linspace(0.01, 0.95, 95), torch.tensor([1.0])]).to(dtype).view(2, -1)
+    alpha, sigma = interpolant(t)
+    again = interpolant.time(3 * alpha, 3 * sigma)
+    assert again.dtype == dtype and ((0 <= again) & (again <= 1)).all()
+    torch.testing.assert_close(again, t, rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-6)
+    torch.testing.assert_close(interpolant.time(alpha[0, 5], sigma[0, 5]), again[0, 5])
+
+
+def test_time_beyond_the_range_is_the_nearer_end():
+    one, zero = torch.ones(1), torch.zeros(1)
+    for interpolant in (VariancePreserving(), VarianceExploding(), Karras()):
+        assert interpolant.time(zero, one) == 1 and interpolant.time(one, zero) == 0
+
+
+def test_sub_variance_preserving_is_the_square_of_sigma():
+    t = torch.logspace(-6, 0, 50)
+    alpha, sigma = SubVariancePreserving()(t)
+    torch.testing.assert_close(alpha, VariancePreserving()(t)[0])
+    torch.testing.assert_close(sigma.sqrt(), VariancePreserving()(t)[1])
+
+
+def test_improved_cosine_is_the_textbook_one():
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square() / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    alpha, sigma = ImprovedCosine()(t)
+    torch.testing.assert_close(alpha.square(), bar)
+    torch.testing.assert_close(sigma.square(), 1 - bar)
+    assert ImprovedCosine()(torch.tensor(1.0))[0] == 0
+
+
+def test_karras_is_the_rho_grid():
+    n, rho = 18, 7.0
+    i = torch.arange(n, dtype=torch.float64)
+    grid = (80 ** (1 / rho) + i / (n - 1) * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho  # 2206.00364, eq. 5
+    torch.testing.assert_close(Karras()(1 - i / (n - 1))[1], grid)
+
+
+def test_variance_exploding_is_geometric():
+    sigma = VarianceExploding(0.01, 50.0)(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))[1]
+    torch.testing.assert_close(sigma, torch.tensor([0.01, math.sqrt(0.5), 50.0], dtype=torch.float64))
+
+
+SCHEDULES = [Discrete.linear, Discrete.scaled_linear, Discrete.squaredcos_cap_v2]
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.__name__)
+def test_discrete_is_diffusers_schedule(schedule, zero):
+    theirs = DDPMScheduler(beta_schedule=schedule.__name__, rescale_betas_zero_snr=zero).alphas_cumprod.double()
+    alpha, sigma = schedule(zero_terminal_snr=zero)(torch.arange(1, 1001, dtype=torch.float64) / 1000)
+    torch.testing.assert_close(alpha.square(), theirs, rtol=2e-5, atol=1e-6)  # theirs is a product of 1000 float32 numbers
+    torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones(1000, dtype=torch.float64))
+
+
+def test_stable_diffusion_keeps_signal_at_the_end_and_zero_terminal_snr_does_not():
+    one = torch.ones((), dtype=torch.float64)
+    stable = {"beta_start": 0.00085, "beta_end": 0.012}
+    assert Discrete.scaled_linear(**stable)(one)[0].square().item() == pytest.approx(0.00466, abs=5e-6)
+    alpha, sigma = Discrete.scaled_linear(**stable, zero_terminal_snr=True)(one)
+    assert alpha == 0 and sigma == 1
+
+
+@pytest.mark.parametrize("betas", [[0.1] * 10, [0.5, 0.001, 0.9, 0.01, 0.3], torch.rand(50).mul(0.5).add(1e-6).tolist()])
+@pytest.mark.parametrize("zero", [False, True])
+def test_discrete_falls_and_ends_in_data_for_any_betas(betas, zero):
+    discrete = Discrete(betas, zero)
+    alpha, sigma = discrete(torch.linspace(0, 1, 20_001, dtype=torch.float64))
+    assert (torch.diff(sigma / alpha.clamp(min=1e-300)) > 0).all() and sigma[0] == 0
+    assert (torch.diff(sigma).abs().max() < 0.05).item()  # continuous
+    if not zero:
+        kept = torch.tensor(betas, dtype=torch.float64).neg().add(1).cumprod(0)
+        torch.testing.assert_close(discrete(torch.arange(1, len(betas) + 1).double() / len(betas))[0].square(), kept)
+
+
+@pytest.mark.parametrize("betas", [[0.1, 0.0, 0.1], [0.1, -0.2, 0.1], [0.1, 0.2, 1.0], [0.1, float("nan"), 0.1], [0.1]])
+def test_impossible_betas_are_refused(betas):
+    with pytest.raises(ValueError, match="betas"):
+        Discrete(betas)

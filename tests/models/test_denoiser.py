@@ -9,11 +9,12 @@ from models.clock import Scaled, Tabulated
 from models.condition import ClassLabel, Unconditional
 from models.denoiser import Denoiser
 from models.guidance import Guided
-from models.interpolant import Interpolant, Linear, VariancePreserving
+from models.interpolant import Linear, VariancePreserving
 from models.nets import Net
 from models.nets.attention import Attention
 from models.nets.dit import DiT
-from models.prediction import Angular, Noise, Prediction, Velocity
+from models.prediction import Angular, Noise, Velocity
+from tests.forms import every_interpolant, every_prediction
 
 
 class Told(nn.Module):
@@ -88,8 +89,8 @@ def test_labels_are_dropped_each_on_its_own():
         ClassLabel(10)(None)
 
 
-@pytest.mark.parametrize("interpolant", [cls() for cls in Interpolant.__subclasses__()], ids=repr)
-@pytest.mark.parametrize("prediction", [cls() for cls in Prediction.__subclasses__()], ids=repr)
+@every_interpolant
+@every_prediction
 def test_description_rebuilds_the_denoiser(interpolant, prediction):
     denoiser = Denoiser(small(), interpolant, prediction)
     again = teacher.build(teacher.describe(denoiser))

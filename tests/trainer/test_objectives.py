@@ -9,8 +9,9 @@ from scipy import stats
 
 from data.batch import Batch
 from models.denoiser import Denoiser
-from models.interpolant import Interpolant, Linear, VariancePreserving
-from models.prediction import Data, Noise, Prediction, Velocity
+from models.interpolant import Linear, VariancePreserving
+from models.prediction import Data, Noise, Velocity
+from tests.forms import PREDICTIONS, every_interpolant
 from tests.oracle import single
 from trainer.draws import Draws
 from trainer.objectives import Matching
@@ -64,8 +65,8 @@ class Coupled:
         return self.x, self.eps
 
 
-@pytest.mark.parametrize("interpolant", [cls() for cls in Interpolant.__subclasses__()], ids=repr)
-@pytest.mark.parametrize("measure", [cls() for cls in Prediction.__subclasses__()], ids=repr)
+@every_interpolant
+@pytest.mark.parametrize("measure", PREDICTIONS, ids=repr)
 def test_the_loss_is_zero_at_the_truth_and_not_beside_it(interpolant, measure):
     x, eps = torch.randn(2, 128, 1, 2, 2)
     law = Matching(Uniform(), measure)

@@ -15,10 +15,10 @@ from data.files import replacing, write_json
 from data.images import Images, read_all
 from data.noise import noise
 from data.progress import Meter
+from models import sampler as samplers
 from models import teacher as teachers
 from models.codec import Codec, to_uint8
 from models.guidance import Guided
-from models.sampler import DDIM
 from trainer import job
 from trainer.collect import asked
 from trainer.evaluate.classifier import Classifier, trained
@@ -35,13 +35,14 @@ class Drawing:
         guidance: scale of guidance.
         seed: of the noises.
         state: the process.
+        sampler: what walks from noise to data.
     """
 
-    def __init__(self, run: Path, guidance: float, seed: int, state: PartialState):
+    def __init__(self, run: Path, guidance: float, seed: int, state: PartialState, sampler: job.Deterministic = "DDIM"):
         denoiser, codec, self.condition = teachers.load(run)
         self.denoiser, self.codec = Guided(denoiser, guidance).to(state.device), codec.to(state.device)
         self.fingerprint, self.shape = teachers.fingerprint(denoiser), denoiser.shape
-        self.run, self.seed, self.state = run, seed, state
+        self.run, self.seed, self.state, self.sampler = run, seed, state, getattr(samplers, sampler)
 
     def start(self, indices: range) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return (noises, raw conditions, conditions as the network reads them) of indices."""
@@ -53,11 +54,10 @@ class Drawing:
     def images(self, indices: range, steps: int) -> tuple[Tensor, Tensor | None]:
         """Return images in [-1, 1], on the CPU, and the classes asked."""
         eps, raw, told = self.start(indices)
-        x = DDIM(steps)(self.denoiser, eps, told)
-        if not x.isfinite().all():
-            raise ValueError(
-                f"{self.run}: samples are not finite; does its prediction solve at t = 1 (Noise and Score do not on Linear)?"
-            )
+        try:
+            x = self.sampler(steps)(self.denoiser, eps, told)
+        except ValueError as error:
+            raise ValueError(f"{self.run}: {error}") from None
         return self.codec.decode(x).clamp(-1, 1).cpu(), raw
 
 
@@ -79,7 +79,7 @@ def measure(drawing: Drawing, classifier: Classifier, real: Tensor, steps: int, 
     whole = sorted(gather_object(found), key=lambda part: part[0])
     fake, hits = torch.cat([part[1] for part in whole]), [part[2] for part in whole]
     result = {"fd": frechet(real, fake), "recall": recall(real, fake), "precision": recall(fake, real)}
-    result["nfe"] = DDIM(steps).nfe(drawing.denoiser)
+    result["nfe"] = drawing.sampler(steps).nfe(drawing.denoiser)
     return result if None in hits else {**result, "accuracy": torch.cat(hits).float().mean().item()}
 
 
@@ -113,6 +113,7 @@ def evaluate(
     samples: int = 2000,
     guidance: float = 1.0,
     seed: int = 2,
+    sampler: job.Deterministic = "DDIM",
 ) -> None:
     """Measure a run's samples at several numbers of steps, and write OUT/evaluation.json with sample grids.
 
@@ -123,15 +124,16 @@ def evaluate(
         run: run folder or checkpoint.
         images: folder made by `rectify pack`, with train and heldout sets and class labels.
         out: folder for the results.
-        steps: of DDIM.
+        steps: of the sampler.
         samples: drawn at each number of steps.
         guidance: scale w of u + w (c - u).
         seed: of the noises; keep it apart from those of collected pairs.
+        sampler: what walks from noise to data; first-orderness is measured along DDIM's walk.
     """
     if not steps or min(steps) < 1 or samples < 100:
         raise ValueError(f"steps {steps} must all be at least 1, and samples ({samples}) at least 100")
     began, state = time.monotonic(), job.start()
-    drawing = Drawing(run, guidance, seed, state)
+    drawing = Drawing(run, guidance, seed, state, sampler)
     sets = [Images(str(images / split)) for split in ("train", "heldout")]
     with state.main_process_first(), torch.inference_mode(False):
         classifier, score = trained(images, *sets)
@@ -152,6 +154,6 @@ def evaluate(
             "floors": floors(drawing.codec.cpu(), classifier, sets, samples, seed),
             "classifier_accuracy_heldout": score,
         }
-        settings = {"samples": samples, "guidance": guidance, "seed": seed, "sampler": "DDIM"}
+        settings = {"samples": samples, "guidance": guidance, "seed": seed, "sampler": sampler}
         seconds = round(time.monotonic() - began, 1)
         write_json(out / "evaluation.json", {**origin, **found, "settings": settings, "seconds": seconds})
