@@ -167,7 +167,7 @@ def log_prob(
             f"log_prob: under-resolved, the solver's error is about {error:.1e} nats per dimension, tolerance is {tolerance:g}: "
             "take more steps (Fixed), lower tolerances (Adaptive), or a larger t_min"
         )
-    return log_p, flow.calls * getattr(denoiser, "evaluations", 1)
+    return log_p, flow.nfe
 
 
 class Flow:
@@ -180,14 +180,15 @@ class Flow:
     """
 
     def __init__(self, denoiser: DenoiserLike, cond: Tensor | None, probes: Tensor):
-        self.denoiser, self.cond, self.probes, self.calls = denoiser, cond, probes, 0
+        self.denoiser, self.cond, self.probes, self.nfe = denoiser, cond, probes, 0
 
     def __call__(self, x: Tensor, t: Tensor) -> State:
         """Return (u, div u), shapes (B, C, H, W) and (B,), at t of shape ().
 
         By backward passes: attention kernels have no forward-mode derivative.
         """
-        self.calls += 1
+        evaluations = getattr(self.denoiser, "evaluations", None)
+        self.nfe += 1 if evaluations is None else evaluations(t)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             times = t.expand(len(x))

@@ -102,7 +102,9 @@ def test_the_minimiser_is_the_same_in_every_row(interpolant, row):
         return Matching(LogitNormal(0.5, 0.5), row)(Moved(by), x, eps).item()
 
     assert at(0.0) < min(at(-0.15), at(0.15))
-    assert abs(at(0.15) - at(-0.15)) < 0.6 * (at(0.15) + at(-0.15) - 2 * at(0.0)), "its lowest point lies within .05"
+    assert abs(at(0.15) - at(-0.15)) < at(0.15) + at(-0.15) - 2 * at(0.0), (
+        "its lowest point lies within .075, as far as 4,000 samples tell"
+    )
 
 
 def test_the_default_is_the_plain_squared_error_bit_for_bit():
