@@ -72,7 +72,6 @@ def test_a_weaker_denoiser_is_the_negative():
 @pytest.mark.parametrize(
     "arguments",
     [{"low": 0.7, "high": 0.3}, {"high": 1.1}, {"rescale": 1.5}, {"negative": single(Linear())}],
-    ids=str,
     ids=lambda value: next(iter(value)),
 )
 def test_impossible_guidance_is_refused(arguments):
