@@ -60,6 +60,8 @@ def small_disk(request, tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     mounts = request.param is Tmpfs
+    if not mounts and os.geteuid() == 0 and not request.config.getoption("--long"):
+        pytest.skip("only with --long, where a small disk can be mounted")
     if mounts and (os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder]).returncode):
         pytest.skip("mounting a small tmpfs needs root")
     yield request.param(folder)

@@ -56,7 +56,7 @@ def test_killed_and_resumed_gives_the_same_weights(place, server, tmp_path):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_more_processes_go_on_with_what_is_unfinished(request, place, server, tmp_path, strategy):
-    if strategy == "fsdp2" and not request.config.getoption("--long"):
+    if not request.config.getoption("--long"):
         pytest.skip("only with --long")
     run, words = tmp_path / "run", streamed(server, tmp_path / "cache", "--checkpoints.keep", "9")
     place.rectify(*fit(run, 7, *words))

@@ -50,12 +50,12 @@ def test_bad_steps_are_left_out_and_counted(workspace, spoiled, tmp_path):
 
 def test_running_out_of_memory_is_told_with_what_to_change(workspace, tmp_path):
     process = workspace.start(
-        *fit(tmp_path / "run", 8, "--data.batch", "50000", "--model.denoiser.net.width", "256"),
+        *fit(tmp_path / "run", 8, "--data.batch", "30000", "--model.denoiser.net.width", "256"),
         preexec=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33)),
     )
     _, err = process.communicate(timeout=200)
     assert process.returncode == 2, err
-    assert "out of memory at step 0 with a batch of (50000, 4, 8, 8)" in err.strip().splitlines()[-1]
+    assert "out of memory at step 0 with a batch of (30000, 4, 8, 8)" in err.strip().splitlines()[-1]
 
 
 def test_a_stalled_rank_is_named(workspace, undisturbed_run, tmp_path):
