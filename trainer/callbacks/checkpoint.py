@@ -86,6 +86,7 @@ class Checkpoints(Checkpoint):
         self._save(trainer)
         if isinstance(trainer.strategy, FSDP2):
             trainer.strategy.finish()
+            trainer.strategy.barrier("checkpoints")  # no rank leaves while another still hears how its last one went
         self._prune(trainer)
 
     def _folder(self, trainer: Trainer) -> Path:
