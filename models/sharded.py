@@ -3,6 +3,7 @@
 The bytes are written and read by torch.distributed.checkpoint, so that any number of ranks, or one process, can read them.
 """
 
+import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -55,11 +56,8 @@ def join(rest: Any, mesh: DeviceMesh | None) -> tuple[Any, dict[str, Tensor]]:
 
 def checksum(path: Path) -> str:
     """Return the xxh3 of a file."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def read_rest(folder: Path) -> dict[str, Any]:

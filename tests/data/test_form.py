@@ -1,5 +1,6 @@
 """The form of what is read back."""
 
+import copy
 import re
 
 import pytest
@@ -12,7 +13,10 @@ SOUND = {"name": "a.tar", "count": 3, "parts": [{"size": 1}, {"size": 2.5}], "cl
 
 @pytest.mark.parametrize("change", [{}, {"classes": None}, {"parts": []}, {"count": 0}])
 def test_what_has_the_form_is_taken(change):
-    conform({**SOUND, **change}, FORM, "file")
+    value = {**SOUND, **change}
+    before = copy.deepcopy(value)
+    conform(value, FORM, "file")
+    assert value == before, "it is looked at, not changed"
 
 
 @pytest.mark.parametrize(

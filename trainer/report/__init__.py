@@ -88,10 +88,8 @@ def report(run: Path) -> None:
     matplotlib.use("agg")
     summary = summarize(run)
     write_json(run / "summary.json", summary)
-    logs = {
-        path.parent.name: [values for _, values in read_log(path) if "loss" in values]
-        for path in sorted(run.glob("*/metrics.jsonl"))
-    }
+    found = {path.parent.name: read_log(path) for path in sorted(run.glob("*/metrics.jsonl"))}
+    logs = {name: [values for _, values in log if "loss" in values] for name, log in found.items()}
     grids = {
         name: {
             path.stem.partition("-")[2]: embed(path.read_bytes())
