@@ -45,6 +45,11 @@ class Guided(nn.Module):
         """The guided denoiser's own interpolant."""
         return self.denoiser.interpolant  # type: ignore[attr-defined]
 
+    @property
+    def jumps(self) -> bool:
+        """Whether the denoiser reads a second time."""
+        return getattr(self.denoiser, "jumps", False)
+
     def acts(self, t: Tensor) -> Tensor:
         """Return where guidance acts, of t's shape."""
         t = t.float()  # the same answer at an end of the interval whatever the state's precision
@@ -54,13 +59,14 @@ class Guided(nn.Module):
         """Return the network evaluations of one call at t, shape (B,), per sample: the negative's counts as one too."""
         return 2 if self.acts(t).any() else 1
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the guided (x_hat, eps_hat); they are linear in the output, so that any row gives the same."""
-        c = self.denoiser(x_t, t, cond)
+        jump = () if s is None else (s,)
+        c = self.denoiser(x_t, t, cond, *jump)
         acts = self.acts(t)
         if not acts.any():
             return c
-        u = self.negative(x_t, t, cond) if self.negative is not None else self.denoiser(x_t, t, None)
+        u = self.denoiser(x_t, t, None, *jump) if self.negative is None else self.negative(x_t, t, cond, *jump)
         x_hat, eps_hat = u[0] + self.scale * (c[0] - u[0]), u[1] + self.scale * (c[1] - u[1])
         if self.rescale:
             x_hat, eps_hat = self._rescaled(x_hat, eps_hat, c[0], t)

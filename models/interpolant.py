@@ -50,6 +50,16 @@ class Interpolant(ABC):
         alpha, sigma = self(t)
         return expand(alpha, x) * x + expand(sigma, x) * eps
 
+    def unmix(self, x_t: Tensor, t: Tensor, x_s: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the (x, eps) that make up both states, `x_t = mix(x, eps, t)` and `x_s = mix(x, eps, s)`: a chord's ends.
+
+        On a first-order trajectory they are its data and noise (Rectified Diffusion, 2410.07303). t and s, of shape (B,) or
+        (), must differ; alpha = 0 at either is no harm.
+        """
+        (alpha, sigma), (beta, tau) = self(t), self(s)
+        alpha, sigma, beta, tau = (expand(v / (alpha * tau - beta * sigma), x_t) for v in (alpha, sigma, beta, tau))
+        return tau * x_t - sigma * x_s, alpha * x_s - beta * x_t
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
 
@@ -68,6 +78,9 @@ class Linear(Interpolant):
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, self.sigma_min + (1 - self.sigma_min) * t
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.full_like(t, -1.0), torch.full_like(t, 1 - self.sigma_min)
 
 
 class Trigonometric(Interpolant):

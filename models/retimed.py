@@ -36,14 +36,19 @@ class Retimed(nn.Module):
         return cost(self.denoiser, self._there(t)[0])
 
     @property
+    def jumps(self) -> bool:
+        """Whether the denoiser reads a second time."""
+        return getattr(self.denoiser, "jumps", False)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """The shape (C, H, W) of the states."""
         return self.denoiser.shape  # type: ignore[attr-defined]
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x_hat, eps_hat), shapes (B, C, H, W), of the state x_t at t of shape (B,) or () of the other interpolant."""
         time, scale = self._there(t)
-        return self.denoiser(expand(scale, x_t) * x_t, time, cond)
+        return self.denoiser(expand(scale, x_t) * x_t, time, cond, *(() if s is None else (self._there(s)[0],)))
 
     def _there(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the denoiser's own time of equal SNR, and its states' scale over ours."""

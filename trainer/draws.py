@@ -21,7 +21,7 @@ class Draws:
         batch: says seed, step and slice, and carries the device.
     """
 
-    PURPOSES = ("noise", "time", "drop")  # append only: the place is part of the key
+    PURPOSES = ("noise", "time", "drop", "window", "until", "again", "scale")  # append only: the place is part of the key
 
     def __init__(self, batch: Batch):
         self.batch, self.count = batch, len(batch.x)
@@ -32,9 +32,9 @@ class Draws:
         rows = np.concatenate([draw(generator(batch.seed, batch.step, chunk, kind)) for chunk in range(first, last)])
         return torch.from_numpy(rows[batch.start - first * CHUNK :][: self.count]).to(batch.x.device, non_blocking=True)
 
-    def noise(self, x: Tensor) -> Tensor:
+    def noise(self, x: Tensor, purpose: str = "noise") -> Tensor:
         """Return standard normal noise of x's shape (B, ...), float32."""
-        return self._rows("noise", lambda g: g.standard_normal((CHUNK, *x.shape[1:]), dtype=np.float32))
+        return self._rows(purpose, lambda g: g.standard_normal((CHUNK, *x.shape[1:]), dtype=np.float32))
 
     def uniform(self, purpose: str) -> Tensor:
         """Return numbers uniform in [0, 1), (B,), independent between samples."""
@@ -44,3 +44,13 @@ class Draws:
         """Return (i + u_i) / size for each place i in the global batch, (B,): uniform, with far lower variance."""
         places = torch.arange(self.batch.start, self.batch.start + self.count, device=self.batch.x.device)
         return ((places + self.uniform(purpose)) / self.batch.size).clamp(max=1 - 2**-24)
+
+
+def uniform(draws: Draws | None, purpose: str, like: Tensor) -> Tensor:
+    """Return stratified uniform numbers, (B,), for a batch `like`; without draws from torch's global generator."""
+    return draws.stratified(purpose) if draws else torch.rand(len(like), device=like.device)
+
+
+def normal(draws: Draws | None, purpose: str, like: Tensor) -> Tensor:
+    """Return standard normal noise of the shape of `like`; without draws from torch's global generator."""
+    return draws.noise(like, purpose) if draws else torch.randn_like(like)

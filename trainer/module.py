@@ -20,6 +20,7 @@ from models.codec import KL
 from models.condition import Condition, Unconditional
 from models.denoiser import Denoiser
 from models.interpolant import expand
+from models.nets.reading import Reading
 from trainer.draws import Draws
 from trainer.fsdp import shard
 from trainer.objectives import Matching, Objective
@@ -32,6 +33,13 @@ def coupled(batch: Batch, draws: Draws, x: Tensor) -> Tensor:
     if batch.paired is None:
         return batch.noise
     return batch.noise.where(expand(batch.paired, x), draws.noise(x))
+
+
+def inherit(denoiser: Denoiser, source: Denoiser) -> None:
+    """Begin with another denoiser's weights; what only this network reads beside stays silent, as it begins."""
+    own, there = denoiser.state_dict(), source.state_dict()
+    readings = tuple(f"{name}." for name, part in denoiser.named_modules() if isinstance(part, Reading))
+    denoiser.load_state_dict({key: own[key] for key in own if key.startswith(readings)} | there)
 
 
 class Generator(LightningModule):
@@ -68,7 +76,7 @@ class Generator(LightningModule):
         if initial:
             source = teacher.load(initial)[0]
             self.teacher_hash = teacher.fingerprint(source)
-            self.denoiser.load_state_dict(source.state_dict())
+            inherit(self.denoiser, source)
 
     def configure_model(self) -> None:
         """Prepare the network's blocks as the strategy and the arguments say, once."""

@@ -40,10 +40,12 @@ class Walk:
         """The denoiser's own interpolant."""
         return self.denoiser.interpolant  # type: ignore[attr-defined]
 
-    def __call__(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the denoiser's (x_hat, eps_hat), and count what it costs."""
+    def __call__(self, x_t: Tensor, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the denoiser's (x_hat, eps_hat), for a jump to s if it was taught to make any, and count what it costs."""
         self.nfe += cost(self.denoiser, t)
-        return self.denoiser(x_t, t, self.cond)
+        if s is None or not getattr(self.denoiser, "jumps", False):
+            return self.denoiser(x_t, t, self.cond)
+        return self.denoiser(x_t, t, self.cond, s)
 
     def velocity(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return u(x_t, t) of the probability-flow ODE dx/dt = u."""
@@ -62,8 +64,8 @@ class Walk:
         return z.to(like)
 
     def ddim(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Return the state at s of one DDIM step, `alpha_s x_hat + sigma_s eps_hat` (2010.02502, eq. 12)."""
-        return self.interpolant.mix(*self(x_t, t), s)
+        """Return the state at s of one DDIM step, `alpha_s x_hat + sigma_s eps_hat` (2010.02502, eq. 12): a taught jump too."""
+        return self.interpolant.mix(*self(x_t, t, s), s)
 
 
 class Sampler(ABC):

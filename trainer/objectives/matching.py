@@ -1,12 +1,11 @@
 """Matching: flow matching, denoising and score matching are this one regression, told apart by the row."""
 
-import torch
 from torch import Tensor
 
 from models.interpolant import Interpolant, expand
 from models.prediction import Prediction, Velocity
 from models.sampler import DenoiserLike
-from trainer.draws import Draws
+from trainer.draws import Draws, uniform
 from trainer.errors import Error, Squared
 from trainer.objectives import Objective
 from trainer.times import Times, Uniform
@@ -39,7 +38,7 @@ class Matching(Objective):
         self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, cond: Tensor | None = None, draws: Draws | None = None
     ) -> Tensor:
         interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
-        t = self.times.on(interpolant)(draws.stratified("time") if draws else torch.rand(len(x), device=x.device))
+        t = self.times.on(interpolant)(uniform(draws, "time", x))
         y = self.measure or getattr(denoiser, "prediction", None) or Velocity()
         x_hat, eps_hat = denoiser(interpolant.mix(x, eps, t), t, cond)
         errors = self.error(y.target(interpolant, x_hat - x, eps_hat - eps, t))
