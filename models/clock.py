@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from models.interpolant import Interpolant
+
 
 class Clock(ABC):
     """A one-to-one map from t in [0, 1] to the number that a network was trained to read."""
@@ -26,6 +28,51 @@ class Scaled(Clock):
 
     def __call__(self, t: Tensor) -> Tensor:
         return self.factor * t
+
+    def time(self, reading: Tensor) -> Tensor:
+        """Return the t of a reading."""
+        return reading / self.factor
+
+
+class Index(Clock):
+    """Reads the index 0 to n - 1 of a chain (DDPM, 2006.11239), where index i stands at t = (i + 1) / n, as in `Discrete`.
+
+    Args:
+        n: length of the chain.
+        rounded: read the nearest index (half to even), as networks were trained; else the fraction between two.
+    """
+
+    def __init__(self, n: int = 1000, rounded: bool = True):
+        if n < 1:
+            raise ValueError(f"Index: n is {n}, it must be at least 1")
+        self.n, self.rounded = n, rounded
+
+    def __call__(self, t: Tensor) -> Tensor:
+        place = (t * self.n - 1).clamp(0, self.n - 1)
+        return place.round() if self.rounded else place
+
+    def time(self, reading: Tensor) -> Tensor:
+        """Return the t of an index."""
+        return (reading + 1) / self.n
+
+
+class NoiseLevel(Clock):
+    """Reads c_noise = ln(sigma / alpha) / 4 (EDM, 2206.00364, table 1): infinite where the interpolant is all data or all noise.
+
+    Args:
+        interpolant: the denoiser's own.
+    """
+
+    def __init__(self, interpolant: Interpolant):
+        self.interpolant = interpolant
+
+    def __call__(self, t: Tensor) -> Tensor:
+        alpha, sigma = self.interpolant(t)
+        return (sigma / alpha).log() / 4
+
+    def time(self, reading: Tensor) -> Tensor:
+        """Return the t of a reading."""
+        return self.interpolant.time(torch.ones_like(reading), (4 * reading).exp())
 
 
 class Tabulated(Clock):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from models.clock import Clock, Scaled
-from models.interpolant import Interpolant
+from models.interpolant import Interpolant, seen
 from models.prediction import Prediction
 
 
@@ -29,8 +29,14 @@ class Denoiser(nn.Module):
         return self.net.channels, self.net.size, self.net.size  # type: ignore[return-value]
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (x_hat, eps_hat), shapes (B, C, H, W), at least float32, for t in [0, 1] of shape (B,) or ()."""
+        """Return (x_hat, eps_hat), shapes (B, C, H, W), at least float32, for t in [0, 1] of shape (B,) or ().
+
+        Raises:
+            ValueError: t lies outside [0, 1], or the prediction is singular there (looked at only where t is on the CPU).
+        """
         dtype = torch.promote_types(x_t.dtype, torch.float32)
         x_t, t = x_t.to(dtype), t.to(dtype).expand(len(x_t))
-        y = self.net(x_t, self.clock(t), cond).to(dtype)
+        if seen(t) and not ((t >= 0) & (t <= 1)).all():
+            raise ValueError(f"t must lie in [0, 1] (0 is data, 1 is noise), got {t.min().item():.6g} to {t.max().item():.6g}")
+        y = self.net(self.prediction.read(self.interpolant, x_t, t), self.clock(t), cond).to(dtype)
         return self.prediction.solve(self.interpolant, y, x_t, t)

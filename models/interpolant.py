@@ -16,6 +16,11 @@ def expand(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(t.shape + (1,) * (like.ndim - t.ndim))
 
 
+def seen(t: Tensor) -> bool:
+    """Tell whether t can be looked at for free: on a device it would make every step wait, in a trace it has no value."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._functorch.is_batchedtensor(t)
+
+
 class Interpolant(ABC):
     """A Gaussian probability path (Stochastic Interpolants, 2303.08797; Flow Matching, 2210.02747)."""
 

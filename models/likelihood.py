@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.interpolant import Interpolant, expand
 from models.prediction import Velocity
-from models.sampler import DenoiserLike
+from models.sampler import DenoiserLike, cost
 
 State = tuple[Tensor, Tensor]  # x_t (B, C, H, W), and the divergence integrated so far (B,)
 Field = Callable[[Tensor, Tensor], State]  # (x_t, t) -> (velocity, divergence), t of shape ()
@@ -187,8 +187,7 @@ class Flow:
 
         By backward passes: attention kernels have no forward-mode derivative.
         """
-        evaluations = getattr(self.denoiser, "evaluations", None)
-        self.nfe += 1 if evaluations is None else evaluations(t)
+        self.nfe += cost(self.denoiser, t)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             times = t.expand(len(x))

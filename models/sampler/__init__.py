@@ -1,6 +1,6 @@
 """Samplers walk t from 1 (noise) to 0 (data), or back. Of a denoiser they need its call and its `interpolant`."""
 
-from models.sampler.base import DenoiserLike, Noise, Sampler, Walk
+from models.sampler.base import DenoiserLike, Noise, Sampler, Walk, cost
 from models.sampler.grids import karras, shifted, trailing, uniform, uniform_lambda
 from models.sampler.ode import Adaptive, DPMSolver2M, EDMHeun, Euler, Heun, Midpoint, RungeKutta4
 from models.sampler.sde import DDIM, Ancestral, EulerMaruyama
@@ -20,6 +20,7 @@ __all__ = [
     "RungeKutta4",
     "Sampler",
     "Walk",
+    "cost",
     "karras",
     "shifted",
     "trailing",

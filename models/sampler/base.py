@@ -14,6 +14,12 @@ DenoiserLike = Callable[..., tuple[Tensor, Tensor]]  # with an attribute `interp
 Noise = torch.Generator | Callable[[int], Tensor]  # of the walk's steps 0, 1, ...: a generator, or z(step), (B, C, H, W)
 
 
+def cost(denoiser: DenoiserLike, t: Tensor) -> int:
+    """Return the network evaluations of one call at t, per sample: the denoiser's own count, 1 where it keeps none."""
+    evaluations = getattr(denoiser, "evaluations", None)
+    return 1 if evaluations is None else evaluations(t)
+
+
 class Walk:
     """One walk of a sampler: the denoiser with its condition, the step's noise, and what one step tells the next.
 
@@ -36,8 +42,7 @@ class Walk:
 
     def __call__(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the denoiser's (x_hat, eps_hat), and count what it costs."""
-        evaluations = getattr(self.denoiser, "evaluations", None)
-        self.nfe += 1 if evaluations is None else evaluations(t)
+        self.nfe += cost(self.denoiser, t)
         return self.denoiser(x_t, t, self.cond)
 
     def velocity(self, x_t: Tensor, t: Tensor) -> Tensor:

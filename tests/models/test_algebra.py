@@ -6,6 +6,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from models.clock import Index, NoiseLevel, Scaled
+from models.denoiser import Denoiser
 from models.interpolant import (
     Discrete,
     ImprovedCosine,
@@ -14,10 +16,12 @@ from models.interpolant import (
     Linear,
     Shifted,
     SubVariancePreserving,
+    Trigonometric,
     VarianceExploding,
     VariancePreserving,
 )
-from models.prediction import Noise, Prediction, Score, Velocity
+from models.prediction import Angular, Data, Noise, Prediction, Score, Velocity
+from models.prediction import Karras as Preconditioned
 from tests.forms import INTERPOLANTS, PREDICTIONS, every_interpolant, every_prediction
 
 
@@ -213,3 +217,69 @@ def test_discrete_falls_and_ends_in_data_for_any_betas(betas, zero):
 def test_impossible_betas_are_refused(betas):
     with pytest.raises(ValueError, match="betas"):
         Discrete(betas)
+
+
+def test_preconditioning_is_edm():
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) with the coefficients of 2206.00364, table 1."""
+    sigma_data, interpolant, seen = 0.5, Karras(), {}
+
+    class Net(torch.nn.Module):
+        def forward(self, x, clock, cond=None):
+            seen.update(x=x, clock=clock)
+            return torch.sin(x)
+
+    x_t, t = torch.randn(5, 2, 3, 3, dtype=torch.float64), torch.linspace(0, 1, 5, dtype=torch.float64)
+    x_hat, eps_hat = Denoiser(Net(), interpolant, Preconditioned(sigma_data), NoiseLevel(interpolant))(x_t, t)
+    sigma = interpolant(t)[1].view(-1, 1, 1, 1)
+    total = sigma**2 + sigma_data**2
+    expected = sigma_data**2 / total * x_t + sigma * sigma_data / total.sqrt() * torch.sin(x_t / total.sqrt())
+    torch.testing.assert_close(x_hat, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(eps_hat, (x_t - x_hat) / sigma, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(seen["clock"], sigma.flatten().log() / 4)
+    torch.testing.assert_close(seen["x"], x_t / total.sqrt())
+
+
+@every_interpolant
+def test_preconditioning_keeps_unit_variance(interpolant):
+    x, eps = 0.5 * torch.randn(400, 1, 20, 20), torch.randn(400, 1, 20, 20)
+    for time in (0.1, 0.5, 0.9):
+        t = torch.tensor(time)
+        row = Preconditioned(0.5)
+        assert row.target(interpolant, x, eps, t).std().item() == pytest.approx(1, rel=0.02)
+        assert row.read(interpolant, interpolant.mix(x, eps, t), t).std().item() == pytest.approx(1, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clocks_round_trip(dtype):
+    t = torch.arange(1, 1001, dtype=dtype) / 1000
+    for clock in (Index(), Index(rounded=False), Scaled(1000.0), NoiseLevel(Karras()), NoiseLevel(VariancePreserving())):
+        torch.testing.assert_close(clock.time(clock(t)), t, rtol=0, atol=2e-6 if dtype == torch.float32 else 1e-12)
+    assert (Index()(t) == torch.arange(1000)).all()
+    assert Index()(torch.tensor([0.0, 0.0004, 0.00151, 1.0])).tolist() == [0, 0, 1, 999]
+
+
+@pytest.mark.parametrize(
+    "prediction, interpolant, t",
+    [
+        (Data(), Linear(), 0.0),
+        (Data(), VariancePreserving(), 0.0),
+        (Noise(), Linear(), 1.0),
+        (Noise(), Trigonometric(), 1.0),
+        (Score(), Discrete.linear(zero_terminal_snr=True), 1.0),
+        (Score(), Linear(), 0.0),
+    ],
+)
+def test_a_singular_prediction_is_named(prediction, interpolant, t):
+    zeros, times = torch.zeros(2, 1, 2, 2), torch.tensor([0.5, t])
+    with pytest.raises(ValueError, match=rf"{type(prediction).__name__}\(\) is singular on .* at t = {t:g}"):
+        prediction.solve(interpolant, zeros, zeros, times)
+
+
+@pytest.mark.parametrize("t", [-0.1, 1.01, math.nan])
+def test_a_time_outside_the_unit_interval_is_refused(t):
+    class Net(torch.nn.Module):
+        def forward(self, x_t, clock, cond=None):
+            return x_t
+
+    with pytest.raises(ValueError, match=r"t must lie in \[0, 1\]"):
+        Denoiser(Net(), Linear(), Angular())(torch.zeros(2, 1, 2, 2), torch.tensor([0.5, t]))
