@@ -1,4 +1,4 @@
-"""The configurations of consistency run on the demo's artefacts, and name what is wrong with them."""
+"""Consistency and progressive distillation run by their configurations, on the demo's artefacts."""
 
 import json
 from pathlib import Path
@@ -35,6 +35,7 @@ def fit(workspace, monkeypatch, tmp_path):
         ("consistency", (f"{OBJECTIVE}.doublings", "2", f"{OBJECTIVE}.every", "1"), False),
         ("consistency", (f"{OBJECTIVE}.windows", "4", f"{OBJECTIVE}.teacher.init_args.guidance", "2"), True),
         ("consistency", (f"{OBJECTIVE}.drawn", "true", "--model.denoiser.init_args.net.init_args.jumps", "true"), True),
+        ("progressive", (), True),
     ],
 )
 def test_the_configuration_trains(fit, tmp_path, name, words, taught):
@@ -50,6 +51,8 @@ def test_the_configuration_trains(fit, tmp_path, name, words, taught):
         ("consistency", (f"{OBJECTIVE}.windows", "5"), "steps is 32, no multiple of windows, 5"),
         ("consistency", (f"{OBJECTIVE}.drawn", "true"), "drawn is true, but the network reads one time"),
         ("consistency", (f"{OBJECTIVE}.teacher.init_args.run", "nowhere"), "nowhere: no such run folder"),
+        ("progressive", (f"{OBJECTIVE}.steps", "0"), "steps is 0, it must be at least 1"),
+        ("progressive", ("--model.denoiser.interpolant", "Trigonometric"), "teacher is on Linear(sigma_min=0.0), the student on"),
     ],
 )
 def test_what_cannot_be_is_one_line(fit, capfd, name, words, said):
