@@ -80,9 +80,9 @@ class EulerMaruyama(Sampler):
 class Renoising(Sampler):
     """Jumps below s, and noise drawn anew up to s: gamma-sampling (CTM, 2310.02279, section 4).
 
-    For denoisers whose jumps are the trajectory's own; with gamma 1, where every jump ends at data, it is the multistep sampling
-    of consistency models (2303.01469, algorithm 1). Of a denoiser that is not taught to jump, a jump is a DDIM step, which
-    leaves too little variance.
+    For denoisers whose jumps are the trajectory's own, as consistency distillation makes them; those of a plain denoiser, DDIM
+    steps, leave too little variance. With gamma 1 every jump ends at data: the multistep sampling of consistency models
+    (2303.01469, algorithm 1).
 
     Args:
         steps: number of steps, at least 1.

@@ -145,6 +145,26 @@ def test_the_grid_doubles_with_the_steps_of_training():
     assert [round(1 / spacing(step)) for step in (0, 9, 10, 25, 30, 1000)] == [4, 4, 8, 16, 32, 32]
 
 
+def test_errors_count_more_as_neighbours_come_closer():
+    """As 1 / (t - s): at N = 8 from 4 those of 8 twice."""
+    batch = Batch(torch.zeros(64, 1, 1, 1), True, seed=1, step=10, size=64)
+    x, eps = coupled()
+    found = [
+        Consistency(Told(single(Linear())), steps, doublings=more, every=10)(Flow(Linear()), x, eps, None, Draws(batch)).item()
+        for steps, more in ((4, 1), (8, 0))
+    ]
+    assert found[0] == pytest.approx(2 * found[1], rel=1e-5)
+
+
+def test_weights_learn_under_autocast():
+    """Its cache must not hand weights that were cast for the target, without a gradient, to the student."""
+    net = DiT(size=4, channels=1, patch=2, width=16, depth=1, heads=2)
+    x, eps = torch.randn(2, 8, 1, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        Consistency(steps=8)(Denoiser(net, Linear(), Velocity()), x, eps).backward()
+    assert net.out.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("teacher", [True, False])
 def test_the_cost_is_the_papers(teacher):
     """One evaluation of the student with a gradient, one without; one of the teacher (2303.01469, algorithms 2 and 3)."""

@@ -22,7 +22,8 @@ class Consistency(Objective):
     is the student's own, without gradient (2310.14189, section 3.2).
 
     A teacher carries x_t to x_s: consistency distillation. Without one, x_s is made of the same data and noise: consistency
-    training; on pairs both states lie on the pair's chord.
+    training; on pairs both states lie on the pair's chord. Errors count as 1 / (t - s), which is 1 until N doubles (2310.14189,
+    section 3.1, with t for sigma).
 
     Args:
         teacher: carries states by DDIM; none for consistency training.
@@ -30,7 +31,7 @@ class Consistency(Objective):
         windows: M equal parts of [0, 1], a divisor of N; e is the lower edge of t's own (PCM, 2405.18407, section 3.1). 1: e = 0.
         drawn: draw e among all the grid's times from that edge to s (CTM, 2310.02279), for networks with `jumps`.
         times: law of t, each rounded up to the grid's next.
-        weight: of each noise level, as of an error of data; by default all alike, as 1 / (t - s) is (2310.14189, section 3.1).
+        weight: of each noise level, as of an error of data; by default all alike.
         error: of the jumps; by default pseudo-Huber with c = .00054 sqrt(d) (2310.14189, section 3.3).
         solves: the teacher's steps from t to s.
         doublings: how often N doubles in training (2310.14189, section 3.4).
@@ -81,6 +82,7 @@ class Consistency(Objective):
             arrived = s == e  # f(x_e, e) = x_e needs no network, whose row may be singular there: t stands in
             target = x_s.where(expand(arrived, x), walk.ddim(x_s, t.where(arrived, s), e))
         errors = self.error(jump - target)
+        errors = errors / expand(self.steps * (t - s), errors)
         if self.weight:
             errors = expand(self.weight.of_data(interpolant, t), errors) * errors
         self.seen = t, errors.detach().flatten(1).mean(1)
