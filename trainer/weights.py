@@ -51,6 +51,14 @@ class MinSNR(Weight):
         return (alpha / sigma).square().clamp(max=self.gamma)
 
 
+class TruncatedSNR(Weight):
+    """max((alpha / sigma)^2, 1): noisy states count no less than at SNR 1 (2202.00512, section 4)."""
+
+    def of_data(self, interpolant: Interpolant, t: Tensor) -> Tensor:
+        alpha, sigma = interpolant(t)
+        return (alpha / sigma).square().clamp(min=1)
+
+
 class EDM(Weight):
     """(s^2 + d^2) / (s d)^2 for s = sigma / alpha (2206.00364, table 1): a network with EDM's preconditioning starts even.
 

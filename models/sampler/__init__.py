@@ -3,7 +3,7 @@
 from models.sampler.base import DenoiserLike, Noise, Sampler, Walk, cost
 from models.sampler.grids import karras, shifted, trailing, uniform, uniform_lambda
 from models.sampler.ode import Adaptive, DPMSolver2M, EDMHeun, Euler, Heun, Midpoint, RungeKutta4
-from models.sampler.sde import DDIM, Ancestral, EulerMaruyama
+from models.sampler.sde import DDIM, Ancestral, EulerMaruyama, Renoising
 
 __all__ = [
     "DDIM",
@@ -17,6 +17,7 @@ __all__ = [
     "Heun",
     "Midpoint",
     "Noise",
+    "Renoising",
     "RungeKutta4",
     "Sampler",
     "Walk",

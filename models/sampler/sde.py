@@ -1,5 +1,6 @@
 """Samplers that may draw noise on the way. The noise is an argument of the call, never the global generator."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -74,3 +75,33 @@ class EulerMaruyama(Sampler):
         h, w, sigma = (expand(v, x_t) for v in (t - s, self.w(t), walk.interpolant(t)[1]))
         u, score = alpha_rate * x_hat + sigma_rate * eps_hat, -eps_hat / sigma
         return x_t - h * u + h * w * score + (2 * w * h).sqrt() * walk.z(x_t)
+
+
+class Renoising(Sampler):
+    """Jumps below s, and noise drawn anew up to s: gamma-sampling (CTM, 2310.02279, section 4).
+
+    For denoisers whose jumps are the trajectory's own, as consistency distillation makes them; those of a plain denoiser, DDIM
+    steps, leave too little variance. With gamma 1 every jump ends at data: the multistep sampling of consistency models
+    (2303.01469, algorithm 1).
+
+    Args:
+        steps: number of steps, at least 1.
+        times: an explicit falling grid of steps + 1 values in [0, 1]; uniform from 1 to 0 by default.
+        gamma: how much of the noise at s is drawn anew, in (0, 1]: all but sqrt(1 - gamma^2) of it; DDIM draws none.
+    """
+
+    draws = True
+
+    def __init__(self, steps: int, times: Sequence[float] | None = None, gamma: float = 1.0):
+        super().__init__(steps, times)
+        if not 0 < gamma <= 1:
+            raise ValueError(f"Renoising: gamma is {gamma}, it must lie in (0, 1]; DDIM jumps without noise")
+        self.gamma = gamma
+
+    def step(self, walk: Walk, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        alpha, sigma = walk.interpolant(s)
+        old = math.sqrt(1 - self.gamma**2)
+        below = walk.interpolant.time(alpha, old * sigma) if old else torch.zeros_like(s)  # the search is not free
+        a, b = walk.interpolant(below)
+        fresh = (sigma**2 - (alpha / a * b) ** 2).clamp(min=0).sqrt()
+        return expand(alpha / a, x_t) * walk.ddim(x_t, t, below) + expand(fresh, x_t) * walk.z(x_t)

@@ -20,6 +20,7 @@ from models.sampler import (
     EulerMaruyama,
     Heun,
     Midpoint,
+    Renoising,
     RungeKutta4,
     Sampler,
 )
@@ -27,7 +28,7 @@ from tests.forms import INTERPOLANTS, every_interpolant
 from tests.oracle import Mixture, Point, single
 
 ORDERS = {Euler: 1, DDIM: 1, Midpoint: 2, Heun: 2, EDMHeun: 2, DPMSolver2M: 2, RungeKutta4: 4}
-DRAWING = [Ancestral, EulerMaruyama]
+DRAWING = [Ancestral, EulerMaruyama, Renoising]
 
 
 def noise(like):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from data.noise import generator
-from models.interpolant import Linear, Trigonometric
-from models.sampler import DDIM, Ancestral, EulerMaruyama, Sampler
+from models.interpolant import Linear, Trigonometric, VariancePreserving
+from models.sampler import DDIM, Ancestral, EulerMaruyama, Renoising, Sampler
 from tests.forms import every_interpolant
-from tests.oracle import single
+from tests.oracle import Flow, single
 
 MEAN, STD = 0.5, 0.7
 DRAWING = [cls for cls in Sampler.__subclasses__() if cls.draws]
@@ -29,7 +29,7 @@ def moments(walk, interpolant):
     x = torch.full((2 + walk.steps, 1, 1, 1), alpha * MEAN, dtype=torch.float64)
     x[1] += math.sqrt(alpha**2 * STD**2 + sigma**2)
     impulses = torch.eye(len(x), dtype=torch.float64)
-    end = walk.walk(single(interpolant, MEAN, STD), x, noise=lambda i: impulses[2 + i].view_as(x))[-1].flatten()
+    end = walk.walk(Flow(interpolant, MEAN, STD), x, noise=lambda i: impulses[2 + i].view_as(x))[-1].flatten()
     return end[0].item(), (end[1:] - end[0]).square().sum().item()
 
 
@@ -37,22 +37,45 @@ def moments(walk, interpolant):
 @every_sampler
 @torch.inference_mode()
 def test_gaussian_marginals_are_reproduced_with_weak_order_one(interpolant, sampler):
-    """Mean and variance are exact to h, and known without drawing: no tolerance for luck."""
+    """Mean and variance are exact to h, and known without drawing: no tolerance for luck. By exact jumps they are exact."""
     grid = [torch.linspace(0.9, 0.1, n + 1, dtype=torch.float64).tolist() for n in (64, 128)]
     alpha, sigma = (v.item() for v in interpolant(torch.tensor(0.1, dtype=torch.float64)))
     errors = []
     for times in grid:
         mean, variance = moments(drawing(sampler, len(times) - 1, times), interpolant)
         errors.append(max(abs(mean - alpha * MEAN), abs(variance - alpha**2 * STD**2 - sigma**2)))
-    assert math.log2(errors[0] / errors[1]) > 0.75
+    assert errors[1] < 1e-9 if sampler is Renoising else math.log2(errors[0] / errors[1]) > 0.75
     assert errors[1] < 0.2 * max(alpha**2 * STD**2 + sigma**2, alpha * MEAN)
+
+
+@every_interpolant
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("gamma", [0.3, 0.8, 1.0])
+@torch.inference_mode()
+def test_exact_jumps_have_the_marginals_at_every_number_of_steps(interpolant, steps, gamma):
+    """Consistency models draw the data in any (2303.01469, section 4), whatever part of the noise is new (2310.02279)."""
+    times = torch.linspace(0.9, 0.1, steps + 1, dtype=torch.float64).tolist()
+    mean, variance = moments(Renoising(steps, times, gamma), interpolant)
+    alpha, sigma = (v.item() for v in interpolant(torch.tensor(0.1, dtype=torch.float64)))
+    assert (mean, variance) == pytest.approx((alpha * MEAN, alpha**2 * STD**2 + sigma**2), rel=1e-6)
+
+
+@pytest.mark.parametrize("interpolant", [Linear(), Trigonometric(), VariancePreserving()], ids=repr)
+@pytest.mark.parametrize("gamma", [0.3, 0.8, 1.0])
+def test_renoising_by_ddim_is_ddim_with_a_part_drawn_anew(interpolant, gamma):
+    """alpha_s x_hat + sigma_s (sqrt(1 - gamma^2) eps_hat + gamma z): algorithm 1 of 2303.01469 with gamma 1."""
+    x_t, z = torch.randn(2, 9, 1, 2, 2, dtype=torch.float64)
+    x_hat, eps_hat = single(interpolant)(x_t, torch.tensor(0.8, dtype=torch.float64))
+    expected = interpolant.mix(x_hat, math.sqrt(1 - gamma**2) * eps_hat + gamma * z, torch.tensor(0.3, dtype=torch.float64))
+    found = Renoising(1, [0.8, 0.3], gamma).walk(single(interpolant), x_t, noise=lambda step: z)[-1]
+    torch.testing.assert_close(found, expected)
 
 
 @every_sampler
 @torch.inference_mode()
 def test_a_full_walk_draws_the_data(sampler):
     eps = torch.randn(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = drawing(sampler, 64)(single(Trigonometric(), MEAN, STD), eps, noise=torch.Generator().manual_seed(1))
+    x = drawing(sampler, 64)(Flow(Trigonometric(), MEAN, STD), eps, noise=torch.Generator().manual_seed(1))
     assert x.mean().item() == pytest.approx(MEAN, abs=0.05) and x.std().item() == pytest.approx(STD, abs=0.05)
 
 
@@ -100,7 +123,16 @@ def test_noise_of_another_shape_is_refused():
         Ancestral(2)(single(Linear()), torch.randn(3, 1, 1, 1), noise=lambda step: torch.zeros(1, 2))
 
 
-@pytest.mark.parametrize("make", [lambda: DDIM(2, eta=1.5), lambda: DDIM(2, eta=-0.1), lambda: EulerMaruyama(2, w=torch.neg)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DDIM(2, eta=1.5),
+        lambda: DDIM(2, eta=-0.1),
+        lambda: EulerMaruyama(2, w=torch.neg),
+        lambda: Renoising(2, gamma=0.0),
+        lambda: Renoising(2, gamma=1.1),
+    ],
+)
 def test_impossible_amounts_of_noise_are_refused(make):
-    with pytest.raises(ValueError, match="eta is|w is"):
+    with pytest.raises(ValueError, match="eta is|w is|gamma is"):
         make()

@@ -147,6 +147,7 @@ def test_pseudo_huber_near_and_far():
     zero = torch.zeros(2, 1, 2, 2, requires_grad=True)
     huber(zero).sum().backward()
     assert torch.equal(zero.grad, torch.zeros(2, 1, 2, 2))
+    torch.testing.assert_close(PseudoHuber(power=0.5)(direction), PseudoHuber(0.00054 / math.sqrt(48))(direction))
     assert huber(torch.zeros(2, 3)).shape[0] == Squared()(torch.zeros(2, 3)).shape[0] == 2
 
 
@@ -156,6 +157,7 @@ def test_pseudo_huber_near_and_far():
         (lambda: MinSNR(0.0), "gamma is 0"),
         (lambda: EDM(math.nan), "sigma_data is nan"),
         (lambda: PseudoHuber(-1.0), "scale is -1"),
+        (lambda: PseudoHuber(power=2.0), "power is 2"),
     ],
 )
 def test_impossible_weights_and_errors_are_refused(make, said):

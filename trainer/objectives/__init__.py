@@ -23,6 +23,8 @@ class Objective(ABC):
         """
 
 
-from trainer.objectives.matching import Matching  # noqa: E402  (it needs the base above)
+from trainer.objectives.consistency import Consistency  # noqa: E402  (they need the base above)
+from trainer.objectives.matching import Matching  # noqa: E402
+from trainer.objectives.progressive import Progressive  # noqa: E402
 
-__all__ = ["Matching", "Objective"]
+__all__ = ["Consistency", "Matching", "Objective", "Progressive"]
