@@ -26,6 +26,19 @@ def window(t: Tensor, ends: Sequence[float]) -> tuple[Tensor, Tensor]:
     return s, e
 
 
+def drawn(u: Tensor, ends: Sequence[float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a window drawn by uniform numbers u in [0, 1), all as likely: (k, s, e, place), each of u's shape.
+
+    The k-th is from s down to e; place is uniform in [0, 1) again, whatever the window.
+    """
+    count = len(ends) - 1
+    k = (u * count).floor().clamp(max=count - 1)  # rounding may carry u x count to count
+    s, e = torch.full_like(u, ends[0]), torch.full_like(u, ends[1])
+    for i in range(1, count):
+        s, e = s.where(k != i, ends[i]), e.where(k != i, ends[i + 1])
+    return k, s, e, (u * count - k).clamp(max=1 - 2**-24)
+
+
 class Piecewise(Interpolant):
     """Another interpolant's alpha and sigma on the edges of windows, straight in t between them: PeRFlow's states (2405.07510).
 

@@ -33,19 +33,23 @@ def shifted(times: Sequence[float], shift: float) -> list[float]:
     return [shift * t / (1 + (shift - 1) * t) for t in times]
 
 
-def edges(windows: int | Sequence[float]) -> list[float]:
+def edges(windows: int | Sequence[float], name: str = "windows") -> list[float]:
     """Return the falling edges of windows that cover [0, 1], so many equal ones or those stated: a grid of one step in each.
+
+    Args:
+        windows: how many equal ones, or their edges.
+        name: what errors call them.
 
     Raises:
         ValueError: they do not cover it.
     """
     if isinstance(windows, int):
         if windows < 1:
-            raise ValueError(f"windows is {windows}, it must be at least 1")
+            raise ValueError(f"{name} is {windows}, it must be at least 1")
         return uniform(windows)
     found = [float(edge) for edge in windows]
     if len(found) < 2 or (found[0], found[-1]) != (1.0, 0.0) or not all(t > s for t, s in pairwise(found)):
-        raise ValueError(f"windows are {found}; they must cover [0, 1]: give falling edges, the first 1 and the last 0")
+        raise ValueError(f"{name} are {found}; they must cover [0, 1]: give falling edges, the first 1 and the last 0")
     return found
 
 

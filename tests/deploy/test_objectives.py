@@ -68,3 +68,10 @@ def test_a_student_of_perflow_is_trained(fit, tmp_path):
     same = (f"{denoiser}.interpolant.init_args.windows", windows, f"{OBJECTIVE}.windows", windows)
     assert not fit("phased", *straight, *same)
     assert len(losses(tmp_path / "run")) == 3
+
+
+def test_step_maps_are_trained_on_trajectories_and_on_pairs(fit, tmp_path):
+    assert not fit("stations")
+    assert len(losses(tmp_path / "run")) == 3
+    assert not fit("student", "--model.objective", "Stations", "--out", str(tmp_path / "paired"))
+    assert len(losses(tmp_path / "paired")) == 3

@@ -13,6 +13,7 @@ from models.sampler import DDIM, through
 from models.windows import Piecewise, WindowNoise, window
 from tests.forms import INTERPOLANTS
 from tests.oracle import Flow, single
+from tests.taught import Asked, Taught
 from trainer.draws import Draws
 from trainer.errors import PseudoHuber
 from trainer.objectives import Phased
@@ -26,42 +27,8 @@ every_interpolant = pytest.mark.parametrize("interpolant", TEACHERS, ids=repr)
 both = pytest.mark.parametrize("straight", [False, True], ids=["first-order", "piecewise"])
 
 
-class Asked:
-    """A frozen teacher that needs no run, and counts the states that it is asked about."""
-
-    def __init__(self, denoiser):
-        self.denoiser, self.interpolant, self.jumps, self.asked = denoiser, denoiser.interpolant, hasattr(denoiser, "map"), 0
-
-    def on(self, student, like, interpolant=None):
-        assert repr(interpolant or student.interpolant) == repr(self.interpolant)
-        return self
-
-    def __call__(self, x_t, t, cond=None, *jump):
-        self.asked += len(x_t)
-        return self.denoiser(x_t, t, cond, *jump)
-
-
-class Taught:
-    """What a student of the exact teacher has to answer: the ends of the chord that its state lies on, moved by `by`."""
-
-    def __init__(self, interpolant, flow, by=0.0, prediction=None):
-        self.interpolant, self.flow, self.by, self.prediction = interpolant, flow, torch.as_tensor(by), prediction or Velocity()
-
-    def __call__(self, x_t, t, cond=None):
-        s, e = window(t, EDGES)
-        ends = []
-        for value in (0.0, 1.0):  # all is affine in the state at the window's noisy end
-            x_s = torch.full((len(t), 1, 1, 1), value, dtype=x_t.dtype)
-            ends.append(self.flow.interpolant.unmix(x_s, s, self.flow.map(x_s, s, e), e))
-        low, high = (self.interpolant.mix(*pair, t) for pair in ends)
-        place = (x_t - low) / (high - low)
-        x, eps = (a + place * (b - a) for a, b in zip(*ends))
-        y = self.prediction.target(self.interpolant, x, eps, t) + self.by
-        return self.prediction.solve(self.interpolant, y, x_t, t)
-
-
 def student(interpolant, straight, **more):
-    return Taught(Piecewise(interpolant, EDGES) if straight else interpolant, Flow(interpolant), **more)
+    return Taught(Piecewise(interpolant, EDGES) if straight else interpolant, Flow(interpolant), EDGES, **more)
 
 
 def loss(objective, denoiser, n=64, seed=0):
@@ -143,7 +110,7 @@ def test_a_step_costs_what_the_papers_need(scale):
     """The teacher's DDIM steps, twice with guidance, and one evaluation of the student."""
     teacher = Asked(single(Linear()))
     teacher.on = lambda student, like, interpolant=None: Guided(teacher, scale)
-    learner = Asked(Taught(Linear(), Flow(Linear())))
+    learner = Asked(Taught(Linear(), Flow(Linear()), EDGES))
     loss(Phased(teacher, EDGES, steps=10), learner, 8)
     assert learner.asked == 8 and teacher.asked == 8 * 10 * (1 + (scale != 1))
 
@@ -168,7 +135,7 @@ def test_bad_input_is_named(tmp_path):
             Phased(teacher, windows)
     with pytest.raises(ValueError, match="steps is 0"):
         Phased(teacher, steps=0)
-    for other in (Taught(Piecewise(Linear(), 5), Flow(Linear())), student(Linear(), False, prediction=WindowNoise(2))):
+    for other in (Taught(Piecewise(Linear(), 5), Flow(Linear()), EDGES), student(Linear(), False, prediction=WindowNoise(2))):
         with pytest.raises(ValueError, match=r"Phased: windows are \[1.0, .*make them equal"):
             loss(Phased(teacher, EDGES), other)
 

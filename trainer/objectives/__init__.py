@@ -25,5 +25,6 @@ class Objective(ABC):
 
 from trainer.objectives.matching import Matching  # noqa: E402  (it needs the base above)
 from trainer.objectives.phased import Phased  # noqa: E402
+from trainer.objectives.stations import Stations  # noqa: E402
 
-__all__ = ["Matching", "Objective", "Phased"]
+__all__ = ["Matching", "Objective", "Phased", "Stations"]

@@ -1,5 +1,6 @@
 """Matching: flow matching, denoising and score matching are this one regression, told apart by the row."""
 
+import torch
 from torch import Tensor
 
 from models.interpolant import Interpolant, expand
@@ -10,6 +11,18 @@ from trainer.errors import Error, Squared
 from trainer.objectives import Objective
 from trainer.times import Times, Uniform
 from trainer.weights import Weight
+
+
+def answering(denoiser: DenoiserLike, *rows: Prediction | None) -> None:
+    """Refuse a denoiser asked at t = 1 whose prediction, or a row that measures it, does not tell data and noise apart there.
+
+    Raises:
+        ValueError: so it is.
+    """
+    zero, one = torch.zeros(1), torch.ones(1)
+    for row in (getattr(denoiser, "prediction", None), *rows):
+        if row is not None:
+            row.solve(denoiser.interpolant, zero, zero, one)  # type: ignore[attr-defined]
 
 
 class Matching(Objective):

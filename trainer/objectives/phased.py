@@ -1,12 +1,11 @@
 """Phased rectification: windows of time, inside each of which the frozen teacher couples data and noise, online."""
 
-import torch
 from torch import Tensor
 
 from models.interpolant import Interpolant
 from models.prediction import Prediction
 from models.sampler import DenoiserLike, edges
-from models.windows import Piecewise
+from models.windows import Piecewise, drawn
 from trainer.draws import Draws, uniform
 from trainer.errors import Error
 from trainer.objectives import Objective
@@ -47,30 +46,20 @@ class Phased(Objective):
     ):
         if steps < 1:
             raise ValueError(f"Phased: steps is {steps}, it must be at least 1")
-        self.teacher, self.edges, self.steps = teacher, edges(windows), steps
+        self.teacher, self.edges, self.steps = teacher, edges(windows, "Phased: windows"), steps
         self.matching = Matching(times, measure, weight, error)
 
     def __call__(
         self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, cond: Tensor | None = None, draws: Draws | None = None
     ) -> Tensor:
         own = self._own(denoiser)
-        s, e, place = self._windows(uniform(draws, "time", x))
+        _, s, e, place = drawn(uniform(draws, "time", x), self.edges)
         x_s = own.mix(x, eps, s)
         x_e = carry(self.teacher.on(denoiser, x, own), x_s, s, e, cond, self.steps)
         x, eps = own.unmix(x_s, s, x_e, e)
         loss = self.matching.at(denoiser, x, eps, e + (s - e) * self.matching.times(place), cond, e)
         self.seen = self.matching.seen
         return loss
-
-    def _windows(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the ends s and e of each sample's window, and a uniform number for its place in it, of one u in [0, 1)."""
-        count = len(self.edges) - 1
-        k = (u * count).floor().clamp(max=count - 1)  # rounding may carry u x count to count
-        place = (u * count - k).clamp(max=1 - 2**-24)
-        s, e = torch.full_like(u, self.edges[0]), torch.full_like(u, self.edges[1])
-        for i in range(1, count):
-            s, e = s.where(k != i, self.edges[i]), e.where(k != i, self.edges[i + 1])
-        return s, e, place
 
     def _own(self, denoiser: DenoiserLike) -> Interpolant:
         """Return the teacher's interpolant, which is the student's own but for students whose states are straight in windows."""
