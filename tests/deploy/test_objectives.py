@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from deploy.cli import main
+from trainer.lpips import alex
 
 
 @pytest.fixture
@@ -75,3 +77,19 @@ def test_step_maps_are_trained_on_trajectories_and_on_pairs(fit, tmp_path):
     assert len(losses(tmp_path / "run")) == 3
     assert not fit("student", "--model.objective", "Stations", "--out", str(tmp_path / "paired"))
     assert len(losses(tmp_path / "paired")) == 3
+
+
+def test_one_step_regression_is_trained_with_lpips_on_decoded_latents(fit, tmp_path, capfd):
+    assert not fit("regression")
+    plain = losses(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "plain")
+    perceptual = (f"{OBJECTIVE}.perceptual", "Perceptual", f"{OBJECTIVE}.perceptual.init_args.weights", str(tmp_path / "lpips"))
+    assert fit("regression", *perceptual) == 2
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("rectify: error: ") and "lpips: no such file; LPIPS needs its weights" in said
+    trunk, taps = alex()
+    tensors = {f"features.{name}": value for name, value in trunk.state_dict().items()}
+    linear = {f"lin{i}.model.1.weight": torch.rand(1, trunk[place - 1].out_channels, 1, 1) for i, place in enumerate(taps)}
+    save_file(tensors | linear, tmp_path / "lpips")
+    assert not fit("regression", *perceptual, f"{OBJECTIVE}.perceptual.init_args.codec", "runs/demo/latents/codec")
+    assert len(plain) == 3 and losses(tmp_path / "run")[0] > plain[0]

@@ -25,6 +25,7 @@ class Objective(ABC):
 
 from trainer.objectives.matching import Matching  # noqa: E402  (it needs the base above)
 from trainer.objectives.phased import Phased  # noqa: E402
+from trainer.objectives.regression import Regression  # noqa: E402
 from trainer.objectives.stations import Stations  # noqa: E402
 
-__all__ = ["Matching", "Objective", "Phased", "Stations"]
+__all__ = ["Matching", "Objective", "Phased", "Regression", "Stations"]
