@@ -19,6 +19,7 @@ def sample(
     guidance: float = 1.0,
     seed: int = 3,
     sampler: job.Deterministic = "DDIM",
+    edges: list[float] | None = None,
 ) -> None:
     """Draw images, every class in turn, from a run's EMA weights into one PNG.
 
@@ -31,9 +32,10 @@ def sample(
         guidance: scale w of u + w (c - u).
         seed: of the noises.
         sampler: what walks from noise to data.
+        edges: of a phased student's windows, falling from 1 to 0, if they are not equal: all are stepped on.
     """
     if columns < 1 or count < 1 or count % columns:
         raise ValueError(f"count: {count} is not a positive multiple of columns ({columns})")
-    images, _ = Drawing(run, guidance, seed, job.start(), sampler).images(range(count), steps)
+    images, _ = Drawing(run, guidance, seed, job.start(), sampler, edges).images(range(count), steps)
     with replacing(out) as temporary:
         grid(images, columns).save(temporary, "png")

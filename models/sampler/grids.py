@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -30,6 +31,43 @@ def shifted(times: Sequence[float], shift: float) -> list[float]:
     if not shift > 0:
         raise ValueError(f"shifted: shift is {shift}, it must be positive")
     return [shift * t / (1 + (shift - 1) * t) for t in times]
+
+
+def edges(windows: int | Sequence[float], name: str = "windows") -> list[float]:
+    """Return the falling edges of windows that cover [0, 1], so many equal ones or those stated: a grid of one step in each.
+
+    Args:
+        windows: how many equal ones, or their edges.
+        name: what errors call them.
+
+    Raises:
+        ValueError: they do not cover it.
+    """
+    if isinstance(windows, int):
+        if windows < 1:
+            raise ValueError(f"{name} is {windows}, it must be at least 1")
+        return uniform(windows)
+    found = [float(edge) for edge in windows]
+    if len(found) < 2 or (found[0], found[-1]) != (1.0, 0.0) or not all(t > s for t, s in pairwise(found)):
+        raise ValueError(f"{name} are {found}; they must cover [0, 1]: give falling edges, the first 1 and the last 0")
+    return found
+
+
+def through(steps: int, windows: int | Sequence[float]) -> list[float]:
+    """Return times that step on every edge of windows, equal inside each; the first ones take what does not divide (2405.07510).
+
+    Args:
+        steps: number of steps, at least that of the windows.
+        windows: how many equal ones, or their edges, falling from 1 to 0.
+    """
+    ends = edges(windows)
+    if steps < len(ends) - 1:
+        raise ValueError(f"steps is {steps}, fewer than the {len(ends) - 1} windows {ends}; take one in each at least")
+    each, more = divmod(steps, len(ends) - 1)
+    times = []
+    for i, (t, s) in enumerate(pairwise(ends)):
+        times += [t + (s - t) * j / (each + (i < more)) for j in range(each + (i < more))]
+    return [*times, 0.0]
 
 
 def karras(

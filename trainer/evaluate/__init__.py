@@ -36,13 +36,26 @@ class Drawing:
         seed: of the noises.
         state: the process.
         sampler: what walks from noise to data.
+        edges: of windows, all of which it steps on.
     """
 
-    def __init__(self, run: Path, guidance: float, seed: int, state: PartialState, sampler: job.Deterministic = "DDIM"):
+    def __init__(
+        self,
+        run: Path,
+        guidance: float,
+        seed: int,
+        state: PartialState,
+        sampler: job.Deterministic = "DDIM",
+        edges: list[float] | None = None,
+    ):
         denoiser, codec, self.condition = teachers.load(run)
         self.denoiser, self.codec = Guided(denoiser, guidance).to(state.device), codec.to(state.device)
         self.fingerprint, self.shape = teachers.fingerprint(denoiser), denoiser.shape
-        self.run, self.seed, self.state, self.sampler = run, seed, state, getattr(samplers, sampler)
+        self.run, self.seed, self.state, self.sampler, self.edges = run, seed, state, getattr(samplers, sampler), edges
+
+    def walk(self, steps: int) -> samplers.Sampler:
+        """Return the sampler of a number of steps."""
+        return self.sampler(steps, samplers.through(steps, self.edges) if self.edges else None)
 
     def start(self, indices: range) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return (noises, raw conditions, conditions as the network reads them) of indices."""
@@ -55,7 +68,7 @@ class Drawing:
         """Return images in [-1, 1], on the CPU, and the classes asked."""
         eps, raw, told = self.start(indices)
         try:
-            x = self.sampler(steps)(self.denoiser, eps, told)
+            x = self.walk(steps)(self.denoiser, eps, told)
         except ValueError as error:
             raise ValueError(f"{self.run}: {error}") from None
         return self.codec.decode(x).clamp(-1, 1).cpu(), raw
@@ -79,7 +92,7 @@ def measure(drawing: Drawing, classifier: Classifier, real: Tensor, steps: int, 
     whole = sorted(gather_object(found), key=lambda part: part[0])
     fake, hits = torch.cat([part[1] for part in whole]), [part[2] for part in whole]
     result = {"fd": frechet(real, fake), "recall": recall(real, fake), "precision": recall(fake, real)}
-    result["nfe"] = drawing.sampler(steps).nfe(drawing.denoiser)
+    result["nfe"] = drawing.walk(steps).nfe(drawing.denoiser)
     return result if None in hits else {**result, "accuracy": torch.cat(hits).float().mean().item()}
 
 
@@ -114,6 +127,7 @@ def evaluate(
     guidance: float = 1.0,
     seed: int = 2,
     sampler: job.Deterministic = "DDIM",
+    edges: list[float] | None = None,
 ) -> None:
     """Measure a run's samples at several numbers of steps, and write OUT/evaluation.json with sample grids.
 
@@ -129,11 +143,14 @@ def evaluate(
         guidance: scale w of u + w (c - u).
         seed: of the noises; keep it apart from those of collected pairs.
         sampler: what walks from noise to data; first-orderness is measured along DDIM's walk.
+        edges: of a phased student's windows, falling from 1 to 0, if they are not equal: all are stepped on.
     """
     if not steps or min(steps) < 1 or samples < 100:
         raise ValueError(f"steps {steps} must all be at least 1, and samples ({samples}) at least 100")
     began, state = time.monotonic(), job.start()
-    drawing = Drawing(run, guidance, seed, state, sampler)
+    drawing = Drawing(run, guidance, seed, state, sampler, edges)
+    for n in steps:
+        drawing.walk(n)  # refused before anything is drawn
     sets = [Images(str(images / split)) for split in ("train", "heldout")]
     with state.main_process_first(), torch.inference_mode(False):
         classifier, score = trained(images, *sets)
@@ -154,6 +171,6 @@ def evaluate(
             "floors": floors(drawing.codec.cpu(), classifier, sets, samples, seed),
             "classifier_accuracy_heldout": score,
         }
-        settings = {"samples": samples, "guidance": guidance, "seed": seed, "sampler": sampler}
+        settings = {"samples": samples, "guidance": guidance, "seed": seed, "sampler": sampler, "edges": edges}
         seconds = round(time.monotonic() - began, 1)
         write_json(out / "evaluation.json", {**origin, **found, "settings": settings, "seconds": seconds})

@@ -1,30 +1,11 @@
 """Objectives: the scalar loss for data x coupled with noise eps. One file each."""
 
-from abc import ABC, abstractmethod
+from trainer.objectives.base import Objective
+from trainer.objectives.consistency import Consistency
+from trainer.objectives.matching import Matching
+from trainer.objectives.phased import Phased
+from trainer.objectives.progressive import Progressive
+from trainer.objectives.regression import Regression
+from trainer.objectives.stations import Stations
 
-from torch import Tensor
-
-from models.sampler import DenoiserLike
-from trainer.draws import Draws
-
-
-class Objective(ABC):
-    """What a training step minimises."""
-
-    seen: tuple[Tensor, Tensor] | None = None  # times and errors of the last batch's samples, (B,) each: for the watch
-
-    @abstractmethod
-    def __call__(
-        self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, cond: Tensor | None = None, draws: Draws | None = None
-    ) -> Tensor:
-        """Return the mean loss, a scalar, of x coupled with eps, both (B, C, H, W).
-
-        Random numbers come from `draws`; without it, from torch's global generator.
-        """
-
-
-from trainer.objectives.consistency import Consistency  # noqa: E402  (they need the base above)
-from trainer.objectives.matching import Matching  # noqa: E402
-from trainer.objectives.progressive import Progressive  # noqa: E402
-
-__all__ = ["Consistency", "Matching", "Objective", "Progressive"]
+__all__ = ["Consistency", "Matching", "Objective", "Phased", "Progressive", "Regression", "Stations"]

@@ -8,6 +8,7 @@ from torch import Tensor
 from models import teacher as teachers
 from models.denoiser import Denoiser
 from models.guidance import Guided
+from models.interpolant import Interpolant
 from models.sampler import DDIM, DenoiserLike, Walk
 
 
@@ -23,13 +24,18 @@ class Frozen:
         self.run, self.guidance = run, guidance
         self.denoiser: Denoiser = teachers.load(run)[0]
 
-    def on(self, student: DenoiserLike, like: Tensor) -> Guided:
+    def on(self, student: DenoiserLike, like: Tensor, interpolant: Interpolant | None = None) -> Guided:
         """Return the guided teacher where `like` is, having looked that it is a teacher of this student.
+
+        Args:
+            student: that learns from it.
+            like: a tensor where it is needed.
+            interpolant: of the states that it is asked about; by default the student's own.
 
         Raises:
             ValueError: the two are on different interpolants.
         """
-        here, there = repr(student.interpolant), repr(self.denoiser.interpolant)  # type: ignore[attr-defined]
+        here, there = repr(interpolant or student.interpolant), repr(self.denoiser.interpolant)  # type: ignore[attr-defined]
         if here != there:
             raise ValueError(f"{self.run}: the teacher is on {there}, the student on {here}; give both the same interpolant")
         return Guided(self.denoiser.to(like.device), self.guidance)

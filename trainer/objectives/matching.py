@@ -1,5 +1,6 @@
 """Matching: flow matching, denoising and score matching are this one regression, told apart by the row."""
 
+import torch
 from torch import Tensor
 
 from models.interpolant import Interpolant, expand
@@ -10,6 +11,18 @@ from trainer.errors import Error, Squared
 from trainer.objectives import Objective
 from trainer.times import Times, Uniform
 from trainer.weights import Weight
+
+
+def answering(denoiser: DenoiserLike, *rows: Prediction | None) -> None:
+    """Refuse a denoiser asked at t = 1 whose prediction, or a row that measures it, does not tell data and noise apart there.
+
+    Raises:
+        ValueError: so it is.
+    """
+    zero, one = torch.zeros(1), torch.ones(1)
+    for row in (getattr(denoiser, "prediction", None), *rows):
+        if row is not None:
+            row.solve(denoiser.interpolant, zero, zero, one)  # type: ignore[attr-defined]
 
 
 class Matching(Objective):
@@ -37,10 +50,17 @@ class Matching(Objective):
     def __call__(
         self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, cond: Tensor | None = None, draws: Draws | None = None
     ) -> Tensor:
+        t = self.times.on(denoiser.interpolant)(uniform(draws, "time", x))  # type: ignore[attr-defined]
+        return self.at(denoiser, x, eps, t, cond)
+
+    def at(
+        self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None
+    ) -> Tensor:
+        """Return the mean loss at times t, (B,); denoisers that jump are asked for a jump to s, (B,), if it is given."""
         interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
-        t = self.times.on(interpolant)(uniform(draws, "time", x))
+        jump = () if s is None or not getattr(denoiser, "jumps", False) else (s,)
         y = self.measure or getattr(denoiser, "prediction", None) or Velocity()
-        x_hat, eps_hat = denoiser(interpolant.mix(x, eps, t), t, cond)
+        x_hat, eps_hat = denoiser(interpolant.mix(x, eps, t), t, cond, *jump)
         errors = self.error(y.target(interpolant, x_hat - x, eps_hat - eps, t))
         if self.weight:
             errors = expand(self.weight(interpolant, y, t), errors) * errors
