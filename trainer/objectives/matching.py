@@ -8,7 +8,7 @@ from models.prediction import Prediction, Velocity
 from models.sampler import DenoiserLike
 from trainer.draws import Draws, uniform
 from trainer.errors import Error, Squared
-from trainer.objectives import Objective
+from trainer.objectives.base import Objective
 from trainer.times import Times, Uniform
 from trainer.weights import Weight
 

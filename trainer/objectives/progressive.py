@@ -6,7 +6,7 @@ from models.interpolant import Interpolant, expand
 from models.sampler import DenoiserLike, Walk
 from trainer.draws import Draws, uniform
 from trainer.errors import Error, Squared
-from trainer.objectives import Objective
+from trainer.objectives.base import Objective
 from trainer.objectives.frozen import Frozen, carry
 from trainer.weights import TruncatedSNR, Weight
 

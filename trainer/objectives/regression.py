@@ -8,7 +8,7 @@ from models.sampler import DenoiserLike
 from trainer.draws import Draws
 from trainer.errors import Error, Squared
 from trainer.lpips import Perceptual
-from trainer.objectives import Objective
+from trainer.objectives.base import Objective
 from trainer.objectives.matching import answering
 
 

@@ -10,7 +10,7 @@ from models.sampler import DenoiserLike, edges
 from models.windows import drawn
 from trainer.draws import Draws, uniform
 from trainer.errors import Error
-from trainer.objectives import Objective
+from trainer.objectives.base import Objective
 from trainer.objectives.frozen import Frozen, carry
 from trainer.objectives.matching import Matching, answering
 
