@@ -24,20 +24,22 @@ CODEC = "codec"  # folder of the frozen codec in a run
 FORMAT = 1  # of what `Generator` adds to a checkpoint under "rectify"
 
 
-def describe(thing: Any) -> Any:
+def describe(thing: Any, whole: bool = True) -> Any:
     """Return the plain description (class_path, init_args) of an object of `models`, the inverse of `build`.
 
-    It relies on one habit of this package: a constructor keeps every argument under its own name.
+    It relies on one habit of this package: a constructor keeps every argument under its own name. Not whole: without the
+    arguments that have their default, so that an argument which a later version adds changes nothing.
     """
     if thing is None or isinstance(thing, bool | int | float | str):
         return thing
     if isinstance(thing, list | tuple):
-        return [describe(part) for part in thing]
+        return [describe(part, whole) for part in thing]
     if not type(thing).__module__.startswith("models."):
         raise ValueError(f"{type(thing).__qualname__}: only classes of `models` can be saved; put a network into models/nets/")
-    names = inspect.signature(type(thing).__init__).parameters.keys() - {"self", "args", "kwargs"}
-    path = f"{type(thing).__module__}.{type(thing).__qualname__}"
-    return {"class_path": path, "init_args": {name: describe(getattr(thing, name)) for name in sorted(names)}}
+    parameters = inspect.signature(type(thing).__init__).parameters
+    values = {name: getattr(thing, name) for name in sorted(parameters.keys() - {"self", "args", "kwargs"})}
+    told = {name: describe(value, whole) for name, value in values.items() if whole or value != parameters[name].default}
+    return {"class_path": f"{type(thing).__module__}.{type(thing).__qualname__}", "init_args": told}
 
 
 def build(spec: Any) -> Any:
@@ -153,7 +155,7 @@ def weights(checkpoint: dict) -> dict[str, Tensor]:
 
 def fingerprint(denoiser: nn.Module) -> str:
     """Return a sha256 of what a denoiser is: its description and its weights, bit by bit."""
-    digest = hashlib.sha256(repr(describe(denoiser)).encode())
+    digest = hashlib.sha256(repr(describe(denoiser, whole=False)).encode())
     for name, value in sorted(denoiser.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

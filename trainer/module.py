@@ -154,5 +154,5 @@ class Generator(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to resume a run with another model."""
         here, there = self.spec["denoiser"], checkpoint["rectify"].get("denoiser")
-        if there != here:
+        if teacher.describe(teacher.build(there)) != here:  # arguments that it does not know have their defaults
             raise ValueError(f"{self.trainer.default_root_dir}: holds a run of another model ({there}); this one is {here}")

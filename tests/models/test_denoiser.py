@@ -105,6 +105,14 @@ def test_every_network_is_described_by_its_arguments():
     assert nets and all(teacher.build(teacher.describe(net)).state_dict().keys() == net.state_dict().keys() for net in nets)
 
 
+def test_an_argument_that_a_later_version_adds_changes_no_fingerprint():
+    """The short description leaves out what has its default, and still builds the same; the whole one leaves out nothing."""
+    denoiser = Denoiser(small(), Linear(0.1), Velocity())
+    short, whole = teacher.describe(denoiser, whole=False), teacher.describe(denoiser)
+    assert short["init_args"]["interpolant"]["init_args"] == {"sigma_min": 0.1} and "jumps" not in str(short)
+    assert "jumps" in str(whole) and teacher.describe(teacher.build(short)) == whole
+
+
 def test_a_checkpoint_names_no_other_code(tmp_path):
     with pytest.raises(ValueError, match="only name classes of `models`"):
         teacher.build({"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(tmp_path / "owned")]}})
