@@ -66,6 +66,8 @@ class Generator(LightningModule):
         compile: bool = False,
     ):
         super().__init__()
+        if recompute and objective and objective.derives:
+            raise ValueError(f"model.recompute: {type(objective).__name__} differentiates the network forward; set it to false")
         self.recompute, self.compile_blocks = recompute, compile
         self.denoiser, self.objective = denoiser, objective or Matching()
         self.condition, self.initial = condition or Unconditional(), initial

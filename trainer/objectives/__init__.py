@@ -11,6 +11,7 @@ from trainer.draws import Draws
 class Objective(ABC):
     """What a training step minimises."""
 
+    derives = False  # whether it differentiates the network forward, which cannot be computed again for the backward pass
     seen: tuple[Tensor, Tensor] | None = None  # times and errors of the last batch's samples, (B,) each: for the watch
 
     @abstractmethod
@@ -24,5 +25,6 @@ class Objective(ABC):
 
 
 from trainer.objectives.matching import Matching  # noqa: E402  (it needs the base above)
+from trainer.objectives.meanflow import MeanFlow  # noqa: E402
 
-__all__ = ["Matching", "Objective"]
+__all__ = ["Matching", "MeanFlow", "Objective"]
