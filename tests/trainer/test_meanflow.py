@@ -12,6 +12,7 @@ from models.nets.dit import DiT
 from models.prediction import Velocity
 from tests.forms import every_interpolant, every_prediction
 from tests.oracle import Flow, Point
+from tests.trainer.jumps import Moved, Straight
 from trainer.draws import Draws
 from trainer.errors import Adaptive, Squared
 from trainer.module import Generator
@@ -21,34 +22,6 @@ from trainer.times import UShaped
 
 T = torch.linspace(0.3, 0.95, 14, dtype=torch.float64)
 S = T * torch.linspace(0.1, 0.9, 14, dtype=torch.float64).flip(0)
-
-
-class Straight(Point):
-    """The exact denoiser of one point: it is its own jump, and every noise leads there. It counts what it is asked."""
-
-    jumps, asked = True, 0
-
-    def __call__(self, x_t, t, cond=None, s=None):
-        self.asked += len(x_t)
-        return super().__call__(x_t, t)
-
-
-class Moved(Flow):
-    """The exact jumps of a Gaussian, whose mean velocity is moved by theta."""
-
-    theta = torch.zeros((), dtype=torch.float64)
-
-    def __call__(self, x_t, t, cond=None, s=None):
-        x, eps = super().__call__(x_t, t, cond, s)
-        a, b = mean_rows(self.interpolant, t, t if s is None else s)
-        alpha, sigma = self.interpolant(t)
-        part = expand(self.theta / (a * sigma - b * alpha), x)  # along (sigma, -alpha) x_t stays as it is
-        return x + part * expand(sigma, x), eps - part * expand(alpha, x)
-
-
-def mean_rows(interpolant, t, s):
-    one, zero = torch.ones_like(t), torch.zeros_like(t)
-    return mean_velocity(interpolant, (one, zero), t, s), mean_velocity(interpolant, (zero, one), t, s)
 
 
 class Tiny(nn.Module):

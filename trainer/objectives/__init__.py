@@ -26,5 +26,6 @@ class Objective(ABC):
 
 from trainer.objectives.matching import Matching  # noqa: E402  (it needs the base above)
 from trainer.objectives.meanflow import MeanFlow  # noqa: E402
+from trainer.objectives.shortcut import Shortcut  # noqa: E402
 
-__all__ = ["Matching", "MeanFlow", "Objective"]
+__all__ = ["Matching", "MeanFlow", "Objective", "Shortcut"]
