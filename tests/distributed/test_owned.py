@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
-CONFIGS = ["meanflow"]
+from tests.distributed.runs import equal, final
+
+CONFIGS = ["meanflow", "distribution"]
 RANKS = """
 import sys
 import torch, torch.distributed as dist
@@ -48,10 +50,29 @@ def descend(workspace, tmp_path_factory):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_two_processes_make_the_same_gradients_and_weights(descend, config):
-    """The ranks bit for bit, and to rounding what one process makes, replicated (ddp) or sharded (fsdp2)."""
+def test_two_processes_make_the_same_gradients_and_weights(descend, config, request):
+    """The ranks bit for bit, and to rounding what one process makes, replicated (ddp) or (with --long) sharded (fsdp2)."""
     one = descend(config)
     largest = one[1].abs().max().item()
     assert largest > 1e-3
-    for strategy in ("ddp", "fsdp2"):
+    for strategy in ("ddp", "fsdp2") if request.config.getoption("--long") else ("ddp",):
         torch.testing.assert_close(descend(config, strategy), one, rtol=1e-5, atol=1e-5 * largest)
+
+
+def test_a_run_whose_objective_owns_a_network_resumes_exactly(workspace, tmp_path):
+    """The fake is in checkpoints, the teacher is not; the student rests in four steps of five, and only it is averaged."""
+    own = ("--model.objective.init_args.rate", "2", "--data.batch", "32", "--trainer.logger", "false", "--checkpoints.every", "3")
+
+    def fit(name, steps):
+        words = ("--config", "configs/digits/distribution.yaml", "--out", tmp_path / name, "--trainer.max_steps", steps)
+        workspace.rectify("fit", *words, *own)
+        return final(tmp_path / name, steps)
+
+    later, early, end = fit("resumed", 5), final(tmp_path / "resumed", 3), fit("resumed", 8)
+    assert equal(end, fit("undisturbed", 8))
+    moved = {key for key, value in later["state_dict"].items() if not torch.equal(value, early["state_dict"][key])}
+    assert moved and all(key.startswith("networks.fake.") for key in moved)
+    assert {key.split(".")[0] for key in end["state_dict"]} == {"denoiser", "networks"}
+    assert {f"denoiser.{key}" for key in end["ema"]} == {key for key in end["state_dict"] if key.startswith("denoiser.")}
+    student, fake = end["optimizer_states"][0]["param_groups"]
+    assert fake["lr"] == pytest.approx(2 * student["lr"]) and len(fake["params"]) == len(student["params"])
