@@ -34,6 +34,7 @@ from trainer.callbacks.watch import Watch, out_of_memory
 from trainer.callbacks.watchdog import EXIT as LOST_EXIT
 from trainer.callbacks.watchdog import Watchdog
 from trainer.lean import lean
+from trainer.module import Generator
 
 ROOMS = ("models", "data", "trainer.objectives", "trainer.callbacks")
 MODULES = ("trainer.module", "trainer.autoencoder", "trainer.times", "trainer.weights", "trainer.errors")
@@ -90,6 +91,11 @@ class KeepConfig(SaveConfigCallback):
         checkpoint["origin"] = {**self.origin, "wandb": run}
 
 
+def groups(module: LightningModule, rate: float) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: those that a module states, or all weights in one."""
+    return module.groups(rate) if isinstance(module, Generator) else [{"params": list(module.parameters())}]
+
+
 class Fit(LightningCLI):
     """Parses a configuration and builds trainer, model and data."""
 
@@ -110,10 +116,21 @@ class Fit(LightningCLI):
     @staticmethod
     def configure_optimizers(lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: Any = None) -> Any:
         """Step the schedule with every optimizer step: the stream has no epochs, Lightning's default interval."""
-        optimizer.param_groups[0]["params"] = list(lightning_module.parameters())  # sharding replaces those it was built with
+        fresh = groups(lightning_module, optimizer.defaults.get("lr", 1.0))
+        for group, now in zip(optimizer.param_groups, fresh, strict=True):
+            group["params"] = now["params"]  # sharding replaces those it was built with
         if lr_scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": "step"}}
+
+    def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
+        """Build optimizer and schedule over the model's groups; Lightning's own would put all weights into one."""
+        told = self.config_init.get("optimizer")
+        rate = told.init_args.get("lr", 1.0) if told else 1.0
+        stated = groups(self.model, rate)
+        self.model.parameters = lambda: stated  # what Lightning asks for
+        super()._add_configure_optimizers_method_to_model(subcommand)
+        del self.model.parameters
 
     def before_instantiate_classes(self) -> None:
         """Stop early where nothing is left to do; log to wandb, offline, unless told otherwise."""

@@ -40,3 +40,23 @@ class PseudoHuber(Error):
     def __call__(self, gap: Tensor) -> Tensor:
         squares, c = gap.square().flatten(1).sum(1, keepdim=True), self.scale * gap[0].numel() ** self.power
         return squares / ((squares + c**2).sqrt() + c)  # the difference itself loses its digits near 0
+
+
+class Adaptive(Error):
+    """|e|^2 / sg(|e|^2 + c)^p, per sample: its gradient is that of |e|^(2 (1 - p)) (MeanFlow, 2505.13447, eq. 22).
+
+    Args:
+        power: p, not negative: 0 is the squared error, near .5 pseudo-Huber's gradient, and with 1 every sample counts alike.
+        floor: c, positive.
+    """
+
+    def __init__(self, power: float = 1.0, floor: float = 1e-3):
+        if not 0 <= power < math.inf:
+            raise ValueError(f"Adaptive: power is {power}, it must not be negative")
+        if not 0 < floor < math.inf:
+            raise ValueError(f"Adaptive: floor is {floor}, it must be positive")
+        self.power, self.floor = power, floor
+
+    def __call__(self, gap: Tensor) -> Tensor:
+        squares = gap.square().flatten(1).sum(1, keepdim=True)
+        return squares / (squares.detach() + self.floor) ** self.power

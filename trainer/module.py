@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from data.batch import Batch, Set
@@ -22,7 +23,7 @@ from models.denoiser import Denoiser
 from models.interpolant import expand
 from models.nets.reading import Reading
 from trainer.draws import Draws
-from trainer.fsdp import shard
+from trainer.fsdp import local, shard
 from trainer.objectives import Matching, Objective
 
 
@@ -66,9 +67,12 @@ class Generator(LightningModule):
         compile: bool = False,
     ):
         super().__init__()
+        if recompute and objective and objective.derives:
+            raise ValueError(f"model.recompute: {type(objective).__name__} differentiates the network forward; set it to false")
         self.recompute, self.compile_blocks = recompute, compile
         self.denoiser, self.objective = denoiser, objective or Matching()
         self.condition, self.initial = condition or Unconditional(), initial
+        self.networks = nn.ModuleDict(self.objective.networks)  # registered last: the denoiser's weights come first
         self._codec = [codecs.load(codec)]  # in a list: frozen, so neither trained nor in checkpoints
         parts = {"denoiser": teacher.describe(denoiser), "condition": teacher.describe(self.condition)}
         self.spec = {"format": teacher.FORMAT, "codec": "codec" if isinstance(self.codec, KL) else None, **parts}
@@ -86,7 +90,14 @@ class Generator(LightningModule):
                 block.forward = partial(recomputed, block.forward, use_reentrant=False)
             if self.compile_blocks:
                 block.compile()
-        shard(self.denoiser, blocks, self)
+        for denoiser in (self.denoiser, *self.networks.values()):
+            shard(denoiser, getattr(getattr(denoiser, "net", denoiser), "blocks", []), self)
+
+    def groups(self, rate: float) -> list[dict[str, Any]]:
+        """Return the optimizer's groups: the denoiser at this learning rate, what the objective owns at that of its own."""
+        others = list(self.networks.parameters())
+        mine = [value for name, value in self.named_parameters() if not name.startswith("networks.")]
+        return [{"params": mine}, *([{"params": others, "lr": rate * self.objective.rate}] if others else [])]
 
     @property
     def codec(self) -> codecs.Codec:
@@ -96,7 +107,16 @@ class Generator(LightningModule):
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """One step: the same for every method, because a pair brings its own noise."""
         draws = Draws(batch)
-        return self.loss(batch, draws, self.condition(batch.condition, chance=partial(draws.uniform, "drop")))
+        loss = self.loss(batch, draws, self.condition(batch.condition, chance=partial(draws.uniform, "drop")))
+        if self.objective.rests:  # ranks wait for a gradient of every weight
+            loss = loss + sum(0 * local(value).sum() for value in self.denoiser.parameters())
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave the denoiser as it is while it rests: without gradients the optimizer does nothing."""
+        if self.objective.rests:
+            for value in self.denoiser.parameters():
+                value.grad = None
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """The same on held-out samples, told all."""

@@ -3,11 +3,14 @@
 import importlib
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +49,11 @@ class Attention(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the attended tokens, shape (B, N, width)."""
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (B, N, heads, width / heads)
-        if kernel := xformers_kernel(q.device.type, q.dtype):
+        moving = not torch.compiler.is_compiling() and unpack_dual(q).tangent is not None  # only plain sums carry tangents
+        if not moving and (kernel := xformers_kernel(q.device.type, q.dtype)):
             mixed = kernel(q, k, v)
         else:
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            with sdpa_kernel(SDPBackend.MATH) if moving else nullcontext():
+                mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         return self.out(mixed.flatten(-2))

@@ -2,10 +2,24 @@
 
 from trainer.objectives.base import Objective
 from trainer.objectives.consistency import Consistency
+from trainer.objectives.distribution import DistributionMatching
 from trainer.objectives.matching import Matching
+from trainer.objectives.meanflow import MeanFlow
 from trainer.objectives.phased import Phased
 from trainer.objectives.progressive import Progressive
 from trainer.objectives.regression import Regression
+from trainer.objectives.shortcut import Shortcut
 from trainer.objectives.stations import Stations
 
-__all__ = ["Consistency", "Matching", "Objective", "Phased", "Progressive", "Regression", "Stations"]
+__all__ = [
+    "Consistency",
+    "DistributionMatching",
+    "Matching",
+    "MeanFlow",
+    "Objective",
+    "Phased",
+    "Progressive",
+    "Regression",
+    "Shortcut",
+    "Stations",
+]

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.sampler import DenoiserLike
 from trainer.draws import Draws
@@ -11,7 +11,15 @@ from trainer.draws import Draws
 class Objective(ABC):
     """What a training step minimises."""
 
+    derives = False  # whether it differentiates the network forward, which cannot be computed again for the backward pass
+    rests = False  # whether the last batch was not for the denoiser, which then stays as it is in this step
+    rate = 1.0  # learning rate of its own networks over that of the denoiser
     seen: tuple[Tensor, Tensor] | None = None  # times and errors of the last batch's samples, (B,) each: for the watch
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that it owns beside the denoiser, by name: trained with it and kept in checkpoints."""
+        return {}
 
     @abstractmethod
     def __call__(
