@@ -12,7 +12,6 @@ from tests.taught import Asked, Taught
 from trainer.errors import Adaptive, Error, PseudoHuber, Squared
 from trainer.objectives import Regression
 
-
 ERRORS = [cls() for cls in Error.__subclasses__() if cls is not Adaptive]  # whose weight is not differentiated
 
 
