@@ -23,6 +23,7 @@ VERBS = {
     "ema": ("trainer.posthoc:ema", "reconstruct the average of another width from a run's EMA snapshots"),
     "consolidate": ("trainer.consolidate:consolidate", "write a checkpoint, sharded or not, as one safetensors file"),
     "report": ("trainer.report:report", "write summary.json and a self-contained report.html of a pipeline's folder"),
+    "table": ("trainer.report.spread:table", "tabulate evaluations of models that were trained with several seeds"),
     "run": ("deploy.run:run", "run a pipeline of these, skipping what is finished"),
 }
 
