@@ -83,7 +83,7 @@ def test_more_solver_steps_come_nearer_to_the_exact_map():
     assert losses[0] > 4 * losses[1] > 16 * losses[2]
 
 
-@pytest.mark.parametrize("more", [{"weight": MinSNR()}, {"error": PseudoHuber()}, {"measure": Noise()}], ids=str)
+@pytest.mark.parametrize("more", [{"weight": MinSNR()}, {"error": PseudoHuber()}, {"measure": Noise()}], ids=" ".join)
 def test_times_weights_and_errors_are_those_of_matching(more):
     objective = Phased(Asked(Flow(VariancePreserving())), 4, steps=1, **more)
     found = loss(objective, student(VariancePreserving(), False, by=0.2), 256)

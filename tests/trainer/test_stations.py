@@ -110,7 +110,7 @@ def test_the_loss_is_zero_at_the_truth_and_leads_to_it(interpolant):
     assert slope > 0 and slope.item() == pytest.approx((ahead - behind).item() / 2e-4, rel=1e-3)
 
 
-@pytest.mark.parametrize("more", [{"error": PseudoHuber()}, {"measure": Data()}], ids=str)
+@pytest.mark.parametrize("more", [{"error": PseudoHuber()}, {"measure": Data()}], ids=" ".join)
 def test_errors_and_rows_are_those_of_matching(more):
     objective = Stations(TIMES, Asked(Flow(Linear())), steps=1, **more)
     found = loss(objective, Taught(Linear(), Flow(Linear()), TIMES, 0.2))
