@@ -58,6 +58,7 @@ class Set(Source):
     """Samples by index, shuffled anew in every epoch. `manifest` is the set's manifest."""
 
     manifest: dict[str, Any]
+    kept: np.ndarray | None = None  # indices of the samples that are shown, rising; None: all
     _order: Order | None = None
 
     @abstractmethod
@@ -71,7 +72,10 @@ class Set(Source):
     def order(self, seed: int) -> Order:
         """Return the set's order under a seed."""
         if self._order is None or self._order.seed != seed:
-            self._order = Order([shard["count"] for shard in self.manifest["shards"]], seed)
+            counts = np.array([shard["count"] for shard in self.manifest["shards"]])
+            if self.kept is not None:
+                counts = np.diff(np.searchsorted(self.kept, np.cumsum([0, *counts])))
+            self._order = Order(counts, seed, self.kept)
         return self._order
 
     def take(self, seed: int, position: int, count: int) -> Batch:

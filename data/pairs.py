@@ -29,6 +29,12 @@ def noise_checksums(seed: int, count: int, shape: Sequence[int]) -> dict[str, st
     return {str(i): digest(noise(seed, i, shape).numpy().tobytes()) for i in sorted({0, count // 2, count - 1})}
 
 
+def distances(x: Tensor, eps: Tensor) -> list[float]:
+    """Return the root mean square of x - eps of each pair, both (B, C, H, W), to six digits; x as it is stored, in float16."""
+    gaps = (x.half().double() - eps.double()).square().flatten(1).mean(1).sqrt()
+    return [round(gap, 6) for gap in gaps.tolist()]
+
+
 class PairWriter:
     """Writes a pair set, shard by shard, by any number of processes (see ShardWriter).
 
@@ -71,10 +77,10 @@ class PairWriter:
         classes = [None] * len(samples) if conditions is None else conditions.tolist()
         keys = [f"{i:09d}" for i in self.shards.indices(number)]
         rows = [latent_sample(key, x, klass) for key, x, klass in zip(keys, samples, classes, strict=True)]
-        if self.store_noise:
-            for row, eps in zip(rows, self.noise(number)):
-                row["noise.npy"] = encode_array(eps.numpy())
-        self.shards.write(number, rows)
+        noises = self.noise(number)
+        for row, eps in zip(rows, noises) if self.store_noise else ():
+            row["noise.npy"] = encode_array(eps.numpy())
+        self.shards.write(number, rows, distances=distances(samples, noises))
 
 
 class PairSet:
@@ -111,6 +117,19 @@ class PairSet:
             return torch.from_numpy(self.reader.arrays("noise.npy", indices))
         return torch.stack([noise(self.seed, int(i), self.shape) for i in indices])
 
+    def distances(self) -> np.ndarray:
+        """Return the root mean square of sample - noise of every pair, (n,): as recorded, or measured in sets of old."""
+        return np.concatenate([self._distances(number) for number in range(len(self.reader.ends))])
+
+    def _distances(self, number: int) -> list[float]:
+        count, record = self.manifest["shards"][number]["count"], self.reader.record(number)
+        if "distances" in record:
+            conform(record, {"distances": [float]}, f"{self.reader.folder}: record {number}")
+            if len(record["distances"]) == count:
+                return record["distances"]
+        indices = np.arange(self.reader.ends[number] - count, self.reader.ends[number])
+        return distances(torch.from_numpy(self.reader.arrays("npy", indices)), self.noise(indices))
+
 
 class Pairs(Set):
     """Pairs as a source of training batches that bring their own noise.
@@ -118,13 +137,23 @@ class Pairs(Set):
     Args:
         path: the set, made by `rectify collect`.
         guidance: the scale that the set must have been collected at; training refuses another.
+        keep: share of the pairs, in (0, 1], that are trained on; those with the largest |sample - noise| are left out, as they
+            bend most. 2511.23342 drops a tenth (FID 3.50 to 3.03).
     """
 
-    def __init__(self, path: str, guidance: float = 1.0):
-        self.path, self.guidance = path, guidance
+    def __init__(self, path: str, guidance: float = 1.0, keep: float = 0.9):
+        if not 0 < keep <= 1:
+            raise ValueError(f"Pairs: keep is {keep}, it must lie in (0, 1]; 1 keeps all pairs")
+        self.path, self.guidance, self.keep = path, guidance, keep
         self.pairs = PairSet(path)
         self.manifest = self.pairs.manifest
         self.agree("guidance", guidance)
+        if keep < 1:
+            nearest = np.argsort(self.pairs.distances(), kind="stable")
+            self.kept = np.sort(nearest[: round(keep * len(nearest))])
+
+    def __len__(self) -> int:
+        return len(self.pairs) if self.kept is None else len(self.kept)
 
     def agree(self, key: str, wanted: Any) -> None:
         """Refuse to go on when the set's provenance says otherwise than the configuration."""
