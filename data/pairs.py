@@ -1,5 +1,6 @@
 """Pairs: (noise index, the sample that a teacher drew from that noise, condition). The noise itself is a function."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from data.latents import latent_sample
 from data.noise import GENERATOR, noise
 from data.shards import ShardReader, ShardWriter, decode_array, encode_array
 
+INVERTED = "inverted"  # said of noises that a teacher carried real latents to: they are stored, no seed gives them
 FORM = {
     "count": COUNT,
-    "noise": {"seed": range(2**64), "checksums": {NUMBER: SHA256}},
+    "noise": ({"seed": range(2**64), "checksums": {NUMBER: SHA256}}, re.compile(INVERTED)),
     "shape": [range(1, 2**16)],
     "store_noise": bool,
 }  # of what a pair set's manifest says beside that of any set
@@ -42,7 +44,7 @@ class PairWriter:
         folder: where the set goes.
         provenance: plain values: teacher (hash), sampler, steps, guidance, interpolant, prediction, dtype, and so on.
         count: pairs in the set.
-        seed: of the noises.
+        seed: of the noises; None: they are found by inversion, given to `write`, and stored.
         shape: of one sample, (C, H, W).
         shard: pairs in one shard.
         store_noise: keep each noise (float32) beside its sample too, for readers without our generator.
@@ -53,22 +55,25 @@ class PairWriter:
         folder: str | Path,
         provenance: dict[str, Any],
         count: int,
-        seed: int,
+        seed: int | None,
         shape: Sequence[int],
         shard: int = 512,
         store_noise: bool = False,
     ):
-        self.seed, self.shape, self.store_noise = seed, tuple(shape), store_noise
-        bits = {"seed": seed, "generator": GENERATOR, "checksums": noise_checksums(seed, count, shape)}
-        plan = {**provenance, "noise": bits, "shape": list(shape), "store_noise": store_noise}
+        self.seed, self.shape, self.store_noise = seed, tuple(shape), store_noise or seed is None
+        bits: dict[str, Any] | str = INVERTED
+        if seed is not None:
+            bits = {"seed": seed, "generator": GENERATOR, "checksums": noise_checksums(seed, count, shape)}
+        plan = {**provenance, "noise": bits, "shape": list(shape), "store_noise": self.store_noise}
         self.shards = ShardWriter(folder, "pairs", plan, count, shard)
 
     def noise(self, number: int) -> Tensor:
-        """Return the noises of a shard, (n, C, H, W)."""
+        """Return the noises of a shard, (n, C, H, W), as the set's seed gives them."""
+        assert self.seed is not None
         return torch.stack([noise(self.seed, i, self.shape) for i in self.shards.indices(number)])
 
-    def write(self, number: int, samples: Tensor, conditions: Tensor | None) -> None:
-        """Write a shard of samples (n, C, H, W), drawn from `noise(number)`, with their conditions (n,)."""
+    def write(self, number: int, samples: Tensor, conditions: Tensor | None, noises: Tensor | None = None) -> None:
+        """Write a shard of samples (n, C, H, W), with their conditions (n,) and noises, by default `noise(number)`."""
         if not samples.half().isfinite().all():
             raise ValueError(
                 f"{self.shards.folder}: samples of shard {number} are not finite in float16; does the teacher's "
@@ -77,7 +82,7 @@ class PairWriter:
         classes = [None] * len(samples) if conditions is None else conditions.tolist()
         keys = [f"{i:09d}" for i in self.shards.indices(number)]
         rows = [latent_sample(key, x, klass) for key, x, klass in zip(keys, samples, classes, strict=True)]
-        noises = self.noise(number)
+        noises = self.noise(number) if noises is None else noises
         for row, eps in zip(rows, noises) if self.store_noise else ():
             row["noise.npy"] = encode_array(eps.numpy())
         self.shards.write(number, rows, distances=distances(samples, noises))
@@ -87,19 +92,22 @@ class PairSet:
     """Random access to a finished pair set: `len`, `[i] -> {"noise", "sample", "condition", "index"}`.
 
     Args:
-        folder: the set, made by `rectify collect`.
+        folder: the set, made by `rectify collect` or `rectify invert`.
     """
 
     def __init__(self, folder: str | Path):
         self.reader = ShardReader(folder, "pairs")
         self.manifest = self.reader.manifest
         conform(self.manifest, FORM, f"{folder}/manifest.json")
-        self.seed, self.shape = self.manifest["noise"]["seed"], tuple(self.manifest["shape"])
+        bits, self.shape = self.manifest["noise"], tuple(self.manifest["shape"])
+        self.seed = None if bits == INVERTED else bits["seed"]
         if self.manifest["count"] != len(self.reader):
             raise ValueError(f"{folder}: {len(self.reader)} pairs of {self.manifest['count']}; collect them again")
-        here = {} if self.manifest["store_noise"] else noise_checksums(self.seed, len(self.reader), self.shape)
-        for index, bits in here.items():
-            if self.manifest["noise"]["checksums"].get(index) != bits:
+        here = {}
+        if self.seed is not None and not self.manifest["store_noise"]:
+            here = noise_checksums(self.seed, len(self.reader), self.shape)
+        for index, found in here.items():
+            if bits["checksums"].get(index) != found:
                 raise ValueError(f"{folder}: noise {index} has other bits here than where the pairs were collected")
 
     def __len__(self) -> int:
@@ -113,7 +121,7 @@ class PairSet:
 
     def noise(self, indices: np.ndarray) -> Tensor:
         """Return the noises that these pairs' samples were drawn from, (B, C, H, W): a pair's place is its noise's index."""
-        if self.manifest["store_noise"]:
+        if self.seed is None or self.manifest["store_noise"]:
             return torch.from_numpy(self.reader.arrays("noise.npy", indices))
         return torch.stack([noise(self.seed, int(i), self.shape) for i in indices])
 
@@ -135,7 +143,7 @@ class Pairs(Set):
     """Pairs as a source of training batches that bring their own noise.
 
     Args:
-        path: the set, made by `rectify collect`.
+        path: the set, made by `rectify collect` or `rectify invert`.
         guidance: the scale that the set must have been collected at; training refuses another.
         keep: share of the pairs, in (0, 1], that are trained on; those with the largest |sample - noise| are left out, as they
             bend most. 2511.23342 drops a tenth (FID 3.50 to 3.03).

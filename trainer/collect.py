@@ -1,11 +1,12 @@
 """Collecting pairs: a teacher draws one sample from each noise, and (noise index, sample, condition) is kept."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from data.pairs import PairWriter
@@ -14,7 +15,7 @@ from models import teacher as teachers
 from models.condition import ClassLabel, Condition
 from models.denoiser import Denoiser
 from models.guidance import Guided
-from models.sampler import DenoiserLike, Sampler
+from models.sampler import DenoiserLike
 from trainer import job
 
 log = logging.getLogger(__name__)
@@ -32,12 +33,39 @@ def origin(denoiser: Denoiser) -> dict[str, Any]:
 
 
 def draw(
-    walk: Sampler, denoiser: DenoiserLike, eps: Tensor, cond: Tensor | None, batch: int, device: torch.device
-) -> Iterator[Tensor]:
-    """Yield samples, on the CPU, of noises (n, C, H, W) and conditions (n,), in batches."""
-    for start in range(0, len(eps), batch):
+    walk: Callable[..., Tensor], denoiser: DenoiserLike, begin: Tensor, cond: Tensor | None, batch: int, device: torch.device
+) -> Tensor:
+    """Return, on the CPU, where a sampler, or its `invert`, leads from states (n, C, H, W) with conditions (n,), in batches."""
+    ends = []
+    for start in range(0, len(begin), batch):
         told = None if cond is None else cond[start : start + batch].to(device)
-        yield walk(denoiser, eps[start : start + batch].to(device), told).cpu()
+        ends.append(walk(denoiser, begin[start : start + batch].to(device), told).cpu())
+    return torch.cat(ends)
+
+
+def fill(
+    writer: PairWriter,
+    make: Callable[[int], tuple[Tensor, Tensor | None, Tensor | None]],
+    state: PartialState,
+    lease: float,
+    verb: str,
+) -> None:
+    """Make what is missing of a pair set; any number of processes, restarts and kills gives the same bytes.
+
+    Args:
+        writer: of the set.
+        make: returns a shard's samples, raw conditions and noises (None: the set's own), by its number.
+        state: this process.
+        lease: as in `job.work`.
+        verb: for the progress line.
+    """
+    shards = writer.shards
+    if (shards.folder / "manifest.json").exists() and not shards.missing():
+        log.info("%s is finished", shards.folder)
+        return
+    for number in job.work(shards, state, lease, verb, "pairs"):
+        writer.write(number, *make(number))
+    shards.finish()
 
 
 @torch.inference_mode()
@@ -79,12 +107,9 @@ def collect(
     walk, guided = getattr(samplers, sampler)(steps), Guided(denoiser, guidance).to(state.device)
     plan = {**origin(denoiser), "sampler": sampler, "steps": steps, "guidance": guidance, "batch": batch, "dtype": "float16"}
     writer = PairWriter(out, plan, pairs, seed, denoiser.shape, shard, store_noise)
-    shards = writer.shards
-    if (out / "manifest.json").exists() and not shards.missing():
-        log.info("%s is finished", out)
-        return
-    for number in job.work(shards, state, lease, "collect", "pairs"):
-        raw = asked(condition, shards.indices(number))
-        drawn = list(draw(walk, guided, writer.noise(number), condition(raw), batch, state.device))
-        writer.write(number, torch.cat(drawn), raw)
-    shards.finish()
+
+    def make(number: int) -> tuple[Tensor, Tensor | None, None]:
+        raw = asked(condition, writer.shards.indices(number))
+        return draw(walk, guided, writer.noise(number), condition(raw), batch, state.device), raw, None
+
+    fill(writer, make, state, lease, "collect")
