@@ -23,6 +23,7 @@ class Batch:
     condition: Tensor | None = None  # class labels, (B,) int64
     noise: Tensor | None = None  # the noise that a pair's teacher started from, as x
     paired: Tensor | None = None  # which samples bring their noise, (B,) bool; None: all, if there is noise
+    scale: Tensor | None = None  # of the guidance that each sample was drawn at, (B,) float32, where pairs record it
     seed: int = 0
     step: int = 0  # optimizer step
     start: int = 0  # position of the first sample in the global batch

@@ -72,8 +72,18 @@ class PairWriter:
         assert self.seed is not None
         return torch.stack([noise(self.seed, i, self.shape) for i in self.shards.indices(number)])
 
-    def write(self, number: int, samples: Tensor, conditions: Tensor | None, noises: Tensor | None = None) -> None:
-        """Write a shard of samples (n, C, H, W), with their conditions (n,) and noises, by default `noise(number)`."""
+    def write(
+        self,
+        number: int,
+        samples: Tensor,
+        conditions: Tensor | None,
+        noises: Tensor | None = None,
+        scales: Tensor | None = None,
+    ) -> None:
+        """Write a shard of samples (n, C, H, W), with their conditions (n,), noises, and scales of guidance (n,) if they differ.
+
+        Noises are by default `noise(number)`.
+        """
         if not samples.half().isfinite().all():
             raise ValueError(
                 f"{self.shards.folder}: samples of shard {number} are not finite in float16; does the teacher's "
@@ -85,6 +95,8 @@ class PairWriter:
         noises = self.noise(number) if noises is None else noises
         for row, eps in zip(rows, noises) if self.store_noise else ():
             row["noise.npy"] = encode_array(eps.numpy())
+        for row, scale in zip(rows, scales) if scales is not None else ():
+            row["scale.npy"] = encode_array(scale.numpy())
         self.shards.write(number, rows, distances=distances(samples, noises))
 
 
@@ -144,12 +156,13 @@ class Pairs(Set):
 
     Args:
         path: the set, made by `rectify collect` or `rectify invert`.
-        guidance: the scale that the set must have been collected at; training refuses another.
+        guidance: the scale that the set must have been collected at, or the [low, high] of scales that it records; training
+            refuses another.
         keep: share of the pairs, in (0, 1], that are trained on; those with the largest |sample - noise| are left out, as they
             bend most. 2511.23342 drops a tenth (FID 3.50 to 3.03).
     """
 
-    def __init__(self, path: str, guidance: float = 1.0, keep: float = 0.9):
+    def __init__(self, path: str, guidance: float | list[float] = 1.0, keep: float = 0.9):
         if not 0 < keep <= 1:
             raise ValueError(f"Pairs: keep is {keep}, it must lie in (0, 1]; 1 keeps all pairs")
         self.path, self.guidance, self.keep = path, guidance, keep
@@ -171,4 +184,7 @@ class Pairs(Set):
     def read(self, indices: np.ndarray) -> Batch:
         reader, pairs = self.pairs.reader, self.pairs
         x = torch.from_numpy(reader.arrays("npy", indices)).float()
-        return Batch(x, latent=True, condition=labels(reader, indices), noise=pairs.noise(indices))
+        batch = Batch(x, latent=True, condition=labels(reader, indices), noise=pairs.noise(indices))
+        if isinstance(self.guidance, list):
+            batch.scale = torch.from_numpy(reader.arrays("scale.npy", indices))
+        return batch

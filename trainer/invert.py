@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data.files import canonical, digest
 from data.latents import Latents
@@ -14,9 +13,8 @@ from models import teacher as teachers
 from models.codec import KL, Codec
 from models.condition import ClassLabel, Condition
 from models.denoiser import Denoiser
-from models.guidance import Guided
 from trainer import job
-from trainer.collect import draw, fill, origin
+from trainer.collect import Made, draw, fill, origin
 
 
 def agree(teacher: Path, parts: tuple[Denoiser, Codec, Condition], source: Latents) -> None:
@@ -63,14 +61,14 @@ def invert(
     state, source = job.start(), Latents(str(latents))
     denoiser, codec, condition = teachers.load(teacher)
     agree(teacher, (denoiser, codec, condition), source)
-    walk, guided = getattr(samplers, sampler)(steps), Guided(denoiser, guidance).to(state.device)
+    walk = getattr(samplers, sampler)(steps)
     plan = {**origin(denoiser), "sampler": sampler, "steps": steps, "guidance": guidance, "batch": batch, "dtype": "float16"}
     plan["latents"] = digest(canonical([part["sha256"] for part in source.manifest["shards"]]))
     writer = PairWriter(out, plan, len(source.reader), None, denoiser.shape, shard)
 
-    def make(number: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    def make(number: int) -> Made:
         real = source.read(np.array(writer.shards.indices(number)))
         raw = real.condition if isinstance(condition, ClassLabel) else None
-        return real.x, raw, draw(walk.invert, guided, real.x, condition(raw), batch, state.device)
+        return real.x, raw, draw(walk.invert, denoiser, real.x, condition(raw), guidance, batch, state.device), None
 
     fill(writer, make, state, lease, "invert")
