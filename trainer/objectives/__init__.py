@@ -24,5 +24,6 @@ class Objective(ABC):
 
 
 from trainer.objectives.matching import Matching  # noqa: E402  (it needs the base above)
+from trainer.objectives.online import Online  # noqa: E402
 
-__all__ = ["Matching", "Objective"]
+__all__ = ["Matching", "Objective", "Online"]
