@@ -23,6 +23,7 @@ class Batch:
     condition: Tensor | None = None  # class labels, (B,) int64
     noise: Tensor | None = None  # the noise that a pair's teacher started from, as x
     paired: Tensor | None = None  # which samples bring their noise, (B,) bool; None: all, if there is noise
+    scale: Tensor | None = None  # of the guidance that each sample was drawn at, (B,) float32, where pairs record it
     seed: int = 0
     step: int = 0  # optimizer step
     start: int = 0  # position of the first sample in the global batch
@@ -58,6 +59,7 @@ class Set(Source):
     """Samples by index, shuffled anew in every epoch. `manifest` is the set's manifest."""
 
     manifest: dict[str, Any]
+    kept: np.ndarray | None = None  # indices of the samples that are shown, rising; None: all
     _order: Order | None = None
 
     @abstractmethod
@@ -71,7 +73,10 @@ class Set(Source):
     def order(self, seed: int) -> Order:
         """Return the set's order under a seed."""
         if self._order is None or self._order.seed != seed:
-            self._order = Order([shard["count"] for shard in self.manifest["shards"]], seed)
+            counts = np.array([shard["count"] for shard in self.manifest["shards"]])
+            if self.kept is not None:
+                counts = np.diff(np.searchsorted(self.kept, np.cumsum([0, *counts])))
+            self._order = Order(counts, seed, self.kept)
         return self._order
 
     def take(self, seed: int, position: int, count: int) -> Batch:

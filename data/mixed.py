@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Source
+from data.batch import Batch, Set, Source
 from data.noise import permutation
 
 
@@ -21,6 +21,9 @@ class Mixed(Source):
     def __init__(self, sources: list[Source], shares: list[int]):
         if len(sources) != len(shares) or not sources or min(shares) < 1:
             raise ValueError(f"Mixed: {len(sources)} sources and shares {shares}; needs a positive share for each source")
+        told = [source.manifest.get("guidance", 1.0) for source in sources if isinstance(source, Set)]
+        if any(isinstance(scale, list) for scale in told) and any(not isinstance(scale, list) and scale != 1 for scale in told):
+            raise ValueError(f"Mixed: guidance of the sources is {told}: beside recorded scales, others must be at 1")
         self.sources, self.shares = sources, shares
         period = sum(shares) // gcd(*shares)
         self.slots = np.repeat(np.arange(len(sources)), [share * period // sum(shares) for share in shares])
@@ -49,6 +52,8 @@ class Mixed(Source):
         condition = _joined([b.condition for b in batches if b.condition is not None], back)
         whole = Batch(torch.cat([b.x for b in batches])[back], batches[0].latent, condition)
         whole.noise, whole.paired = (noise, paired) if paired.any() else (None, None)
+        if any(b.scale is not None for b in batches):  # data, and what was drawn unguided, are at 1
+            whole.scale = torch.cat([torch.ones(len(b.x)) if b.scale is None else b.scale for b in batches])[back]
         return whole
 
 

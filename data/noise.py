@@ -9,6 +9,7 @@ from torch import Tensor
 GENERATOR = "numpy Philox4x64, key (seed, index), float64 ziggurat rounded to float32"
 TRAINING = 2**64 - 1  # the key's second word for draws that are not a pair's noise, whose index stays below it
 ORDER = 2**64 - 2  # likewise, for permutations
+SCALES = 2**64 - 3  # likewise, for scales of guidance
 
 
 def noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:
@@ -29,6 +30,12 @@ def generator(seed: int, *counter: int, stream: int = TRAINING) -> np.random.Gen
     """Return a generator for up to three integers (say step, chunk, purpose), apart from every pair's noise."""
     words = np.array([0, *counter, 0, 0, 0][:4], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=words))
+
+
+def scales(seed: int, indices: Sequence[int], low: float, high: float) -> Tensor:
+    """Return a scale of guidance for each global index, uniform in [low, high], float32, as `noise` its noise."""
+    drawn = [generator(seed, i, stream=SCALES).random() for i in indices]
+    return torch.tensor([low + (high - low) * u for u in drawn])
 
 
 def permutation(n: int, seed: int, *counter: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from data.batch import Batch, Feed, Set, Source, Steps
 from data.files import canonical, digest
 from data.lanes import Lanes
 from data.mixed import Mixed
+from data.pairs import Pairs
 from data.streamed import Row, Streamed
 
 
@@ -48,7 +49,22 @@ def identity(source: Feed) -> str:
     """Return a checksum of the samples of a source, or "" for one that keeps its own count (Streamed)."""
     if isinstance(source, Mixed):
         return digest(canonical([[identity(part) for part in source.sources], source.shares]))
-    return digest(canonical([shard["sha256"] for shard in source.manifest["shards"]])) if isinstance(source, Set) else ""
+    if not isinstance(source, Set):
+        return ""
+    sums = [shard["sha256"] for shard in source.manifest["shards"]]
+    return digest(canonical(sums if source.kept is None else [sums, digest(source.kept.tobytes())]))
+
+
+def suffices(source: Feed, batch: float) -> None:
+    """Refuse pairs that are fewer than a batch takes of them: they would come more than once in a step."""
+    if isinstance(source, Mixed):
+        for part, share in zip(source.sources, source.shares):
+            suffices(part, batch * share / sum(source.shares))
+    elif isinstance(source, Pairs) and len(source) < batch:
+        raise ValueError(
+            f"data.source: {source.path} gives {len(source)} pairs (keep {source.keep:g} of {len(source.pairs)}), a batch takes "
+            f"{batch:g} of them; collect more, raise keep, or lower data.batch"
+        )
 
 
 class Stream(LightningDataModule):
@@ -75,6 +91,7 @@ class Stream(LightningDataModule):
         super().__init__()
         if heldout_batches < 1:
             raise ValueError(f"data.heldout_batches: {heldout_batches}, it must be at least 1")
+        suffices(source, batch)
         self.heldout, self.heldout_batches = heldout, heldout_batches
         self.source, self.batch, self.seed, self.workers = source, batch, seed, workers
         self.taken = Taken({})

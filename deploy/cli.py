@@ -17,6 +17,7 @@ VERBS = {
     "fit": ("deploy.fit:fit", "train an autoencoder, a teacher or a student (LightningCLI: --config, --print_config)"),
     "encode": ("trainer.encode:encode", "encode packed images into shards of latents"),
     "collect": ("trainer.collect:collect", "collect (noise, sample) pairs from a teacher"),
+    "invert": ("trainer.invert:invert", "carry real latents to noise through a teacher, as pairs to mix among collected ones"),
     "sample": ("trainer.sample:sample", "draw a grid of images from a run"),
     "evaluate": ("trainer.evaluate:evaluate", "measure quality against the number of network evaluations"),
     "export": ("deploy.export:export", "write a diffusers folder that plain diffusers loads"),

@@ -21,6 +21,8 @@ class Denoiser(nn.Module):
         clock: what the network reads of t; by default the network's own `clock`, else t itself.
     """
 
+    guidance: float | list[float] | None = None  # of the pairs that it was trained on, one scale or [low, high], if known
+
     def __init__(self, net: nn.Module, interpolant: Interpolant, prediction: Prediction, clock: Clock | None = None):
         super().__init__()
         self.net, self.interpolant, self.prediction = net, interpolant, prediction

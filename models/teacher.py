@@ -143,8 +143,17 @@ def load(path: str | Path) -> tuple[Denoiser, Codec, Condition]:
     except Exception as error:  # constructors and torch raise many kinds on descriptions and weights that do not fit
         why = f"no entry {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise ValueError(f"{file}: its description and weights do not make a denoiser here ({why})") from error
+    denoiser.guidance = _scales(spec.get("guidance"), file)
     codec = codecs.load(file.resolve().parent.parent / CODEC if spec["codec"] else None)
     return denoiser.eval().requires_grad_(False), codec, condition
+
+
+def _scales(told: Any, file: Path) -> float | list[float] | None:
+    """Return what a checkpoint says of its pairs' guidance."""
+    values = told if isinstance(told, list) and len(told) == 2 else [told]
+    if told is not None and not all(type(value) in (int, float) for value in values):
+        raise ValueError(f"{file}: guidance is {told!r}, wanted a number, or [low, high]")
+    return told
 
 
 def weights(checkpoint: dict) -> dict[str, Tensor]:

@@ -1,23 +1,25 @@
 """Collecting pairs: a teacher draws one sample from each noise, and (noise index, sample, condition) is kept."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
+from data.noise import scales
 from data.pairs import PairWriter
 from models import sampler as samplers
 from models import teacher as teachers
 from models.condition import ClassLabel, Condition
 from models.denoiser import Denoiser
-from models.guidance import Guided
-from models.sampler import DenoiserLike, Sampler
+from models.guidance import at
 from trainer import job
 
 log = logging.getLogger(__name__)
+Made = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def asked(condition: Condition, indices: range) -> Tensor | None:
@@ -32,12 +34,43 @@ def origin(denoiser: Denoiser) -> dict[str, Any]:
 
 
 def draw(
-    walk: Sampler, denoiser: DenoiserLike, eps: Tensor, cond: Tensor | None, batch: int, device: torch.device
-) -> Iterator[Tensor]:
-    """Yield samples, on the CPU, of noises (n, C, H, W) and conditions (n,), in batches."""
-    for start in range(0, len(eps), batch):
-        told = None if cond is None else cond[start : start + batch].to(device)
-        yield walk(denoiser, eps[start : start + batch].to(device), told).cpu()
+    walk: Callable[..., Tensor],
+    denoiser: Denoiser,
+    begin: Tensor,
+    cond: Tensor | None,
+    scale: float | Tensor,
+    batch: int,
+    device: torch.device,
+) -> Tensor:
+    """Return, on the CPU, where a sampler, or its `invert`, leads from states (n, C, H, W), in batches.
+
+    Conditions are of shape (n,), the scale of guidance is one for all or (n,).
+    """
+    ends = []
+    for start in range(0, len(begin), batch):
+        part = slice(start, start + batch)
+        guided = at(denoiser, scale[part].to(device) if isinstance(scale, Tensor) else scale).to(device)
+        ends.append(walk(guided, begin[part].to(device), None if cond is None else cond[part].to(device)).cpu())
+    return torch.cat(ends)
+
+
+def fill(writer: PairWriter, make: Callable[[int], Made], state: PartialState, lease: float, verb: str) -> None:
+    """Make what is missing of a pair set; any number of processes, restarts and kills gives the same bytes.
+
+    Args:
+        writer: of the set.
+        make: returns a shard's samples, raw conditions, noises (None: the set's own) and scales (None: all one), by its number.
+        state: this process.
+        lease: as in `job.work`.
+        verb: for the progress line.
+    """
+    shards = writer.shards
+    if (shards.folder / "manifest.json").exists() and not shards.missing():
+        log.info("%s is finished", shards.folder)
+        return
+    for number in job.work(shards, state, lease, verb, "pairs"):
+        writer.write(number, *make(number))
+    shards.finish()
 
 
 @torch.inference_mode()
@@ -48,6 +81,7 @@ def collect(
     steps: int = 32,
     sampler: job.Deterministic = "DDIM",
     guidance: float = 1.0,
+    guidance_max: float | None = None,
     seed: int = 1,
     shard: int = 512,
     batch: int = 256,
@@ -65,6 +99,8 @@ def collect(
         steps: of the teacher's sampler.
         sampler: the teacher's sampler; those of second order cost two evaluations a step (DPMSolver2M one), RungeKutta4 four.
         guidance: scale w of u + w (c - u), baked into the pairs; 1 is none.
+        guidance_max: draw each pair at a scale of its own, uniform from `guidance` to this one, and record it: for a student
+            whose network is told the scale (`scaled`).
         seed: of the noises; keep it apart from the seeds of evaluation.
         shard: pairs in one shard, the unit of work.
         batch: samples drawn at once.
@@ -74,17 +110,18 @@ def collect(
     """
     if batch < 1:
         raise ValueError(f"batch: {batch}, it must be at least 1")
+    if guidance_max is not None and not guidance < guidance_max:
+        raise ValueError(f"guidance_max: {guidance_max}, it must be larger than guidance, {guidance}")
     state = job.start()
     denoiser, _, condition = teachers.load(teacher)
-    walk, guided = getattr(samplers, sampler)(steps), Guided(denoiser, guidance).to(state.device)
-    plan = {**origin(denoiser), "sampler": sampler, "steps": steps, "guidance": guidance, "batch": batch, "dtype": "float16"}
+    walk, told = getattr(samplers, sampler)(steps), guidance if guidance_max is None else [guidance, guidance_max]
+    plan = {**origin(denoiser), "sampler": sampler, "steps": steps, "guidance": told, "batch": batch, "dtype": "float16"}
     writer = PairWriter(out, plan, pairs, seed, denoiser.shape, shard, store_noise)
-    shards = writer.shards
-    if (out / "manifest.json").exists() and not shards.missing():
-        log.info("%s is finished", out)
-        return
-    for number in job.work(shards, state, lease, "collect", "pairs"):
-        raw = asked(condition, shards.indices(number))
-        drawn = list(draw(walk, guided, writer.noise(number), condition(raw), batch, state.device))
-        writer.write(number, torch.cat(drawn), raw)
-    shards.finish()
+
+    def make(number: int) -> Made:
+        indices = writer.shards.indices(number)
+        raw, w = asked(condition, indices), None if guidance_max is None else scales(seed, indices, guidance, guidance_max)
+        eps, scale = writer.noise(number), guidance if w is None else w
+        return draw(walk, denoiser, eps, condition(raw), scale, batch, state.device), raw, eps, w
+
+    fill(writer, make, state, lease, "collect")

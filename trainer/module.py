@@ -20,6 +20,7 @@ from models import teacher
 from models.codec import KL
 from models.condition import Condition, Unconditional
 from models.denoiser import Denoiser
+from models.guidance import Told
 from models.interpolant import expand
 from models.nets.reading import Reading
 from trainer.draws import Draws
@@ -131,7 +132,8 @@ class Generator(LightningModule):
         """Return the objective's loss of a batch."""
         with torch.no_grad():
             x = batch.x if batch.latent else self.codec.encode(batch.x)
-        return self.objective(self.denoiser, x, coupled(batch, draws, x), cond, draws)
+        denoiser = self.denoiser if batch.scale is None else Told(self.denoiser, batch.scale)
+        return self.objective(denoiser, x, coupled(batch, draws, x), cond, draws)
 
     def on_fit_start(self) -> None:
         """Refuse pairs of another origin, and put the codec into the run: a run folder is whole by itself."""
@@ -166,6 +168,17 @@ class Generator(LightningModule):
             source.agree("prediction", repr(self.denoiser.prediction))
             if self.teacher_hash:
                 source.agree("teacher", self.teacher_hash)
+            self._note(source)
+
+    def _note(self, source: Pairs) -> None:
+        """Note for checkpoints which guidance the pairs hold; refuse scales that nobody would read."""
+        if isinstance(source.guidance, list) and not self.denoiser.told_scale:
+            raise ValueError(
+                f"data.source: {source.path} records scales of guidance, from {source.guidance[0]:g} to {source.guidance[1]:g}, "
+                "which the network does not read; set model.denoiser.net.scaled"
+            )
+        if not isinstance(self.spec.get("guidance"), list):  # a range is what a student can be told
+            self.spec["guidance"] = source.guidance
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds the denoiser without this configuration (models.teacher.load)."""

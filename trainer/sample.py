@@ -29,7 +29,7 @@ def sample(
         steps: of the sampler.
         count: number of images, a multiple of columns.
         columns: of the grid.
-        guidance: scale w of u + w (c - u).
+        guidance: scale w of u + w (c - u); a student that reads scales is told it.
         seed: of the noises.
         sampler: what walks from noise to data.
         edges: of a phased student's windows, falling from 1 to 0, if they are not equal: all are stepped on.

@@ -17,17 +17,18 @@ class Order:
     Args:
         counts: samples in each shard.
         seed: of the order.
+        kept: indices of the samples that are shown, rising, of which `counts` are in each shard; None: all.
     """
 
-    def __init__(self, counts: Sequence[int], seed: int):
-        self.counts, self.seed = np.asarray(counts, dtype=np.int64), seed
+    def __init__(self, counts: Sequence[int] | np.ndarray, seed: int, kept: np.ndarray | None = None):
+        self.counts, self.seed, self.kept = np.asarray(counts, dtype=np.int64), seed, kept
         self.total = int(self.counts.sum())
         self.starts = np.cumsum(self.counts) - self.counts
         self._epoch = lru_cache(maxsize=2)(self._shuffle_shards)
         self._block = lru_cache(maxsize=2)(self._shuffle_block)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Order, (self.counts, self.seed)  # caches stay here
+        return Order, (self.counts, self.seed, self.kept)  # caches stay here
 
     def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         shards = permutation(len(self.counts), self.seed, epoch, 0)
@@ -49,7 +50,8 @@ class Order:
             part = samples[within - int(ends[block]) :][:count]  # counted from the block's end
             parts.append(part)
             position, count = position + len(part), count - len(part)
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        found = np.concatenate(parts) if parts else np.empty(0, np.int64)
+        return found if self.kept is None else self.kept[found]
 
 
 def order(manifest: dict[str, Any], seed: int, epoch: int, start: int, count: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import xxhash
 from numpy.lib.stride_tricks import as_strided
 
 from data.cache import Cache
-from data.files import naming
+from data.files import naming, parse_sealed
 from data.shards.manifest import read_manifest
 from data.shards.write import BLOCK, split_name
 
@@ -176,6 +176,19 @@ class ShardReader:
             return text.view(f"S{data.shape[1]}")[:, 0].astype(np.int64)
 
         return self._together(indices, parse)
+
+    def record(self, number: int) -> dict[str, Any]:
+        """Return a shard's own record, the file beside it, which may say more than the manifest.
+
+        Raises:
+            ValueError: it is damaged, or another shard's.
+        """
+        entry = self.manifest["shards"][number]
+        place = f"{self.folder}/{entry['name'].removesuffix('.tar')}.json"
+        record = parse_sealed(Cache().read(place), place)
+        if record.get("sha256") != entry["sha256"]:
+            raise ValueError(f"{place}: is not the record of the shard in the manifest; restore it or make the set again")
+        return record
 
     def _together(self, indices: np.ndarray, read: Callable[[Shard, np.ndarray], np.ndarray]) -> np.ndarray:
         """Read from each shard at once, and put the parts back into the order of the indices."""

@@ -15,6 +15,7 @@ from data.files import atomic, canonical, checksum, digest, file_digest, read_js
 from data.shards.manifest import FORMAT, read_record
 
 BLOCK = 512  # of a tar: headers and members begin at its multiples
+OWN = ("stamp", "distances")  # of a shard's record: the manifest does without
 
 
 def encode_array(array: np.ndarray) -> bytes:
@@ -139,9 +140,8 @@ class ShardWriter:
         records = [self.finished(number) for number in self.numbers()]
         if not all(records):
             return False
-        shards = [{"name": self._path(n, "tar").name, **r} for n, r in enumerate(records) if r]
-        for shard in shards:
-            del shard["stamp"]
+        told = [{key: value for key, value in record.items() if key not in OWN} for record in records if record]
+        shards = [{"name": self._path(n, "tar").name, **record} for n, record in enumerate(told)]
         samples = sum(shard["count"] for shard in shards)
         write_json(self.folder / "manifest.json", {**self.plan, **extra, "samples": samples, "shards": shards})
         sweep(self.folder, "[0-9]*")

@@ -19,7 +19,7 @@ from data.progress import Meter
 from models import sampler as samplers
 from models import teacher as teachers
 from models.codec import Codec, to_uint8
-from models.guidance import Guided
+from models.guidance import at
 from trainer import job
 from trainer.collect import asked
 from trainer.evaluate.classifier import Classifier, trained
@@ -50,7 +50,7 @@ class Drawing:
         edges: list[float] | None = None,
     ):
         denoiser, codec, self.condition = teachers.load(run)
-        self.denoiser, self.codec = Guided(denoiser, guidance).to(state.device), codec.to(state.device)
+        self.denoiser, self.codec = at(denoiser, guidance).to(state.device), codec.to(state.device)
         self.fingerprint, self.shape = teachers.fingerprint(denoiser), denoiser.shape
         self.run, self.seed, self.state, self.edges = run, seed, state, edges
         self.walking(sampler)
@@ -147,7 +147,7 @@ def evaluate(
         out: folder for the results.
         steps: of the sampler.
         samples: drawn at each number of steps.
-        guidance: scale w of u + w (c - u).
+        guidance: scale w of u + w (c - u); a student that reads scales is told it.
         seed: of the noises; keep it apart from those of collected pairs.
         sampler: what walks from noise to data, or a list, of which each writes into OUT/SAMPLER; first-orderness is measured
             along DDIM's walk.

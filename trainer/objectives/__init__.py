@@ -5,6 +5,7 @@ from trainer.objectives.consistency import Consistency
 from trainer.objectives.distribution import DistributionMatching
 from trainer.objectives.matching import Matching
 from trainer.objectives.meanflow import MeanFlow
+from trainer.objectives.online import Online
 from trainer.objectives.phased import Phased
 from trainer.objectives.progressive import Progressive
 from trainer.objectives.regression import Regression
@@ -17,6 +18,7 @@ __all__ = [
     "Matching",
     "MeanFlow",
     "Objective",
+    "Online",
     "Phased",
     "Progressive",
     "Regression",

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from models import teacher as teachers
+from models.codec import Codec
+from models.condition import Condition
 from models.denoiser import Denoiser
 from models.guidance import Guided
 from models.interpolant import Interpolant
@@ -22,7 +24,8 @@ class Frozen:
 
     def __init__(self, run: Path, guidance: float = 1.0):
         self.run, self.guidance = run, guidance
-        self.denoiser: Denoiser = teachers.load(run)[0]
+        parts: tuple[Denoiser, Codec, Condition] = teachers.load(run)
+        self.denoiser, _, self.condition = parts
 
     def on(self, student: DenoiserLike, like: Tensor, interpolant: Interpolant | None = None) -> Guided:
         """Return the guided teacher where `like` is, having looked that it is a teacher of this student.
