@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.noise import noise
 from models.condition import ClassLabel
@@ -33,6 +33,11 @@ class Online(Objective):
         if not 0 < share <= 1:
             raise ValueError(f"Online: share is {share}, it must lie in (0, 1]; for none use the inner objective alone")
         self.teacher, self.inner, self.share, self.walk, self.seed = teacher, inner, share, DDIM(steps), seed
+        self.derives, self.rate = inner.derives, inner.rate
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return self.inner.networks
 
     def before(self, step: int) -> int:
         """Return how many steps before this one drew their own pairs."""
@@ -48,7 +53,7 @@ class Online(Objective):
             first = done * batch.size + batch.start
             x, eps, cond = self.draw(denoiser, range(first, first + len(x)), x, cond)
         loss = self.inner(denoiser, x, eps, cond, draws)
-        self.seen = self.inner.seen
+        self.seen, self.rests = self.inner.seen, self.inner.rests
         return loss
 
     @torch.no_grad()
