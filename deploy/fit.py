@@ -35,7 +35,7 @@ from trainer.callbacks.watchdog import EXIT as LOST_EXIT
 from trainer.callbacks.watchdog import Watchdog
 
 ROOMS = ("models", "data", "trainer.objectives", "trainer.callbacks")
-MODULES = ("trainer.module", "trainer.autoencoder", "trainer.times", "trainer.weights", "trainer.errors")
+MODULES = ("trainer.module", "trainer.autoencoder", "trainer.flow", "trainer.times", "trainer.weights", "trainer.errors")
 LOST = r"(?i)closed by peer|reset by peer|connection refused|broken pipe|NCCL|timed out"  # what collectives say of it
 DEFAULTS = {  # of the Trainer; a configuration may say otherwise
     "max_epochs": -1,

@@ -21,7 +21,7 @@ class Draws:
         batch: says seed, step and slice, and carries the device.
     """
 
-    PURPOSES = ("noise", "time", "drop")  # append only: the place is part of the key
+    PURPOSES = ("noise", "time", "drop", "probe")  # append only: the place is part of the key
 
     def __init__(self, batch: Batch):
         self.batch, self.count = batch, len(batch.x)
@@ -44,3 +44,8 @@ class Draws:
         """Return (i + u_i) / size for each place i in the global batch, (B,): uniform, with far lower variance."""
         places = torch.arange(self.batch.start, self.batch.start + self.count, device=self.batch.x.device)
         return ((places + self.uniform(purpose)) / self.batch.size).clamp(max=1 - 2**-24)
+
+    def seed(self, purpose: str) -> int:
+        """Return a seed, in [0, 2^63), for a library that draws on its own: one for this slice, not for each chunk."""
+        batch = self.batch
+        return int(generator(batch.seed, batch.step, batch.start, self.PURPOSES.index(purpose)).integers(2**63))
