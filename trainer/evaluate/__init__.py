@@ -1,6 +1,7 @@
 """Evaluation: quality against the number of network evaluations."""
 
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,13 @@ class Drawing:
         denoiser, codec, self.condition = teachers.load(run)
         self.denoiser, self.codec = Guided(denoiser, guidance).to(state.device), codec.to(state.device)
         self.fingerprint, self.shape = teachers.fingerprint(denoiser), denoiser.shape
-        self.run, self.seed, self.state, self.sampler = run, seed, state, getattr(samplers, sampler)
+        self.run, self.seed, self.state = run, seed, state
+        self.walking(sampler)
+
+    def walking(self, sampler: job.Deterministic) -> "Drawing":
+        """Take another sampler; return this."""
+        self.sampler = getattr(samplers, sampler)
+        return self
 
     def start(self, indices: range) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return (noises, raw conditions, conditions as the network reads them) of indices."""
@@ -113,7 +120,7 @@ def evaluate(
     samples: int = 2000,
     guidance: float = 1.0,
     seed: int = 2,
-    sampler: job.Deterministic = "DDIM",
+    sampler: job.Deterministic | list[job.Deterministic] = "DDIM",
 ) -> None:
     """Measure a run's samples at several numbers of steps, and write OUT/evaluation.json with sample grids.
 
@@ -128,12 +135,14 @@ def evaluate(
         samples: drawn at each number of steps.
         guidance: scale w of u + w (c - u).
         seed: of the noises; keep it apart from those of collected pairs.
-        sampler: what walks from noise to data; first-orderness is measured along DDIM's walk.
+        sampler: what walks from noise to data, or a list, of which each writes into OUT/SAMPLER; first-orderness is measured
+            along DDIM's walk.
     """
-    if not steps or min(steps) < 1 or samples < 100:
-        raise ValueError(f"steps {steps} must all be at least 1, and samples ({samples}) at least 100")
+    if not steps or min(steps) < 1 or samples < 100 or not sampler:
+        raise ValueError(f"steps {steps} must all be at least 1, samples ({samples}) at least 100, and sampler ({sampler}) given")
     began, state = time.monotonic(), job.start()
-    drawing = Drawing(run, guidance, seed, state, sampler)
+    drawing = Drawing(run, guidance, seed, state)
+    walks = {out: sampler} if isinstance(sampler, str) else {out / name: name for name in sampler}
     sets = [Images(str(images / split)) for split in ("train", "heldout")]
     with state.main_process_first(), torch.inference_mode(False):
         classifier, score = trained(images, *sets)
@@ -141,19 +150,23 @@ def evaluate(
     eps, _, told = drawing.start(range(TRAJECTORIES))
     columns = len(sets[0].manifest["classes"])
     share = -(-samples // state.num_processes)
-    with Meter(f"evaluate {run.name}", share * sum(steps), "evaluations", shown=state.is_main_process) as meter:
-        results = {str(n): measure(drawing, classifier, real, n, samples, meter) for n in steps}
+    work = share * sum(steps) * len(walks)
+    with Meter(f"evaluate {run.name}", work, "evaluations", shown=state.is_main_process) as meter:
+        results = {
+            place: {str(n): measure(drawing.walking(name), classifier, real, n, samples, meter) for n in steps}
+            for place, name in walks.items()
+        }
     if state.is_main_process:
-        for n in steps:
-            with replacing(out / f"samples-{n}.png") as temporary:
-                grid(drawing.images(range(ROWS * columns), n)[0], columns).save(temporary, "png")
+        for place, n in product(walks, steps):
+            with replacing(place / f"samples-{n}.png") as temporary:
+                grid(drawing.walking(walks[place]).images(range(ROWS * columns), n)[0], columns).save(temporary, "png")
         origin = {"format": 1, "run": str(run), "denoiser": drawing.fingerprint, "reference": sets[0].manifest["listing"]}
-        found = {
-            "steps": results,
+        shared = {
             "first_orderness": first_orderness(drawing.denoiser, eps, told),
             "floors": floors(drawing.codec.cpu(), classifier, sets, samples, seed),
             "classifier_accuracy_heldout": score,
+            "seconds": round(time.monotonic() - began, 1),
         }
-        settings = {"samples": samples, "guidance": guidance, "seed": seed, "sampler": sampler}
-        seconds = round(time.monotonic() - began, 1)
-        write_json(out / "evaluation.json", {**origin, **found, "settings": settings, "seconds": seconds})
+        for place, name in walks.items():
+            settings = {"samples": samples, "guidance": guidance, "seed": seed, "sampler": name}
+            write_json(place / "evaluation.json", {**origin, "steps": results[place], **shared, "settings": settings})
