@@ -20,6 +20,7 @@ VERBS = {
     "invert": ("trainer.invert:invert", "carry real latents to noise through a teacher, as pairs to mix among collected ones"),
     "sample": ("trainer.sample:sample", "draw a grid of images from a run"),
     "evaluate": ("trainer.evaluate:evaluate", "measure quality against the number of network evaluations"),
+    "likelihood": ("trainer.likelihood:likelihood", "measure the likelihood of held-out samples, in nats and bits per dimension"),
     "export": ("deploy.export:export", "write a diffusers folder that plain diffusers loads"),
     "ema": ("trainer.posthoc:ema", "reconstruct the average of another width from a run's EMA snapshots"),
     "consolidate": ("trainer.consolidate:consolidate", "write a checkpoint, sharded or not, as one safetensors file"),

@@ -37,7 +37,7 @@ from trainer.lean import lean
 from trainer.module import Generator
 
 ROOMS = ("models", "data", "trainer.objectives", "trainer.callbacks")
-MODULES = ("trainer.module", "trainer.autoencoder", "trainer.times", "trainer.weights", "trainer.errors")
+MODULES = ("trainer.module", "trainer.autoencoder", "trainer.flow", "trainer.times", "trainer.weights", "trainer.errors")
 LOST = r"(?i)closed by peer|reset by peer|connection refused|broken pipe|NCCL|timed out"  # what collectives say of it
 DEFAULTS = {  # of the Trainer; a configuration may say otherwise
     "max_epochs": -1,

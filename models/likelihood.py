@@ -103,10 +103,13 @@ class Adaptive(Solver):
 
         times, by = y[0].new_tensor([first, last]), 10 if rough else 1
         tolerances = {"rtol": by * self.rtol, "atol": by * self.atol}
+        options = {"max_num_steps": self.most, "step_t": times[1:]}  # stop there: without it, it oversteps and interpolates
+
+        def rates(t: Tensor, y: State) -> State:
+            return f(y[0], t.clamp(first, last))  # the first trial step may overshoot
+
         try:
-            x, total = odeint(
-                lambda t, y: f(y[0], t), y, times, method="dopri5", options={"max_num_steps": self.most}, **tolerances
-            )
+            x, total = odeint(rates, y, times, method="dopri5", options=options, **tolerances)
         except AssertionError as error:  # so it says that it cannot go on
             raise ValueError(f"log_prob: Adaptive cannot go on ({error}); raise rtol, atol or t_min") from error
         return x[-1], total[-1]
@@ -206,21 +209,22 @@ def normal(x: Tensor, sigma: Tensor) -> Tensor:
     return (-((x / expand(sigma, x)).square() + math.log(2 * math.pi)) / 2 - expand(sigma, x).log()).flatten(1).sum(1)
 
 
-def bits_per_dim(log_p: Tensor, shape: tuple[int, ...], range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
-    """Return `-log_p / (D ln 2) + log2(256 / width)`, (B,): the bits that a byte of a dequantised image costs at most.
+def bits_per_dim(log_p: Tensor, shape: tuple[int, ...], range: tuple[float, float] = (-1.0, 1.0), levels: int = 256) -> Tensor:
+    """Return `-log_p / (D ln 2) + log2(levels / width)`, (B,): the bits that a number of a dequantised image costs at most.
 
     Args:
         log_p: log-density in nats of `dequantise(pixels, generator, range)`, (B,).
         shape: (C, H, W) of one sample; D is their product.
         range: of the data: the last term is 8 for (0, 1) and 7 for (-1, 1).
+        levels: that the range was divided into.
 
     Raises:
-        ValueError: an empty range, or a shape without dimensions.
+        ValueError: an empty range, a shape without dimensions, or no level.
     """
     low, high = range
-    if not low < high or math.prod(shape) < 1:
-        raise ValueError(f"bits_per_dim: range {range} must rise, shape {tuple(shape)} must hold a number")
-    return -log_p / (math.prod(shape) * math.log(2)) + math.log2(256 / (high - low))
+    if not low < high or math.prod(shape) < 1 or levels < 1:
+        raise ValueError(f"bits_per_dim: range {range} must rise, shape {tuple(shape)} and levels ({levels}) be positive")
+    return -log_p / (math.prod(shape) * math.log(2)) + math.log2(levels / (high - low))
 
 
 def dequantise(pixels: Tensor, generator: torch.Generator, range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:

@@ -134,7 +134,7 @@ def load(path: str | Path) -> tuple[Denoiser, Codec, Condition]:
     checkpoint = read(file)
     spec = checkpoint["rectify"]
     if "denoiser" not in spec:
-        raise ValueError(f"{file}: holds no denoiser (is it an autoencoder's run?)")
+        raise ValueError(f"{file}: holds no denoiser (is it an autoencoder's or a flow's run?)")
     try:
         denoiser, condition = build(spec["denoiser"]), build(spec["condition"])
         denoiser.load_state_dict(checkpoint.get("ema") or weights(checkpoint))

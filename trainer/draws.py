@@ -21,7 +21,16 @@ class Draws:
         batch: says seed, step and slice, and carries the device.
     """
 
-    PURPOSES = ("noise", "time", "drop", "window", "until", "again", "scale")  # append only: the place is part of the key
+    PURPOSES = (
+        "noise",
+        "time",
+        "drop",
+        "window",
+        "until",
+        "again",
+        "scale",
+        "probe",
+    )  # append only: the place is part of the key
 
     def __init__(self, batch: Batch):
         self.batch, self.count = batch, len(batch.x)
@@ -44,6 +53,11 @@ class Draws:
         """Return (i + u_i) / size for each place i in the global batch, (B,): uniform, with far lower variance."""
         places = torch.arange(self.batch.start, self.batch.start + self.count, device=self.batch.x.device)
         return ((places + self.uniform(purpose)) / self.batch.size).clamp(max=1 - 2**-24)
+
+    def seed(self, purpose: str) -> int:
+        """Return a seed, in [0, 2^63), for a library that draws on its own: one for this slice, not for each chunk."""
+        batch = self.batch
+        return int(generator(batch.seed, batch.step, batch.start, self.PURPOSES.index(purpose)).integers(2**63))
 
 
 def uniform(draws: Draws | None, purpose: str, like: Tensor) -> Tensor:
