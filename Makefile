@@ -3,7 +3,6 @@
 # make test-long   every seed of the campaigns (kills, fuzz), of which CI runs a few; their log is docs/test-long.log
 PYTHON ?= python3
 BIN := .venv/bin
-UNIT := tests/models tests/data tests/trainer tests/fuzz
 
 demo: .venv/installed
 	$(BIN)/rectify run configs/digits/pipeline.yaml $(RUN)
@@ -12,8 +11,7 @@ test: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(UNIT)
-	$(BIN)/pytest $(UNIT:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --durations 15
 
 test-long: .venv/installed
 	rm -f docs/test-long.log

@@ -113,7 +113,7 @@ class Stream(LightningDataModule):
         rows = rows.transpose(0, 1).reshape(-1, mine.shape[1])
         return replace(self.source.lanes(len(rows)), rows=tuple(map(tuple, rows.tolist())))
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader | Steps:
         """Return the stream from the trainer's global step on."""
         run = self.trainer
         assert run is not None
@@ -123,8 +123,10 @@ class Stream(LightningDataModule):
         steps = Steps(
             self.source, self.batch, self.seed, run.global_step, run.global_rank, run.world_size, run.accumulate_grad_batches
         )
+        if not self.workers:
+            return steps
         return DataLoader(
-            steps, batch_size=None, num_workers=self.workers, persistent_workers=self.workers > 0, worker_init_fn=ignore_signals
+            steps, batch_size=None, num_workers=self.workers, persistent_workers=True, worker_init_fn=ignore_signals
         )
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:

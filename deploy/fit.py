@@ -33,6 +33,7 @@ from trainer.callbacks.preemption import EXIT, Preemption
 from trainer.callbacks.watch import Watch, out_of_memory
 from trainer.callbacks.watchdog import EXIT as LOST_EXIT
 from trainer.callbacks.watchdog import Watchdog
+from trainer.lean import lean
 
 ROOMS = ("models", "data", "trainer.objectives", "trainer.callbacks")
 MODULES = ("trainer.module", "trainer.autoencoder", "trainer.times", "trainer.weights", "trainer.errors")
@@ -181,7 +182,8 @@ def begin(cli: Fit) -> None:
     """Train; what cannot even begin is the configuration's or the checkpoint's fault, and named."""
     callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
     try:
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.newest, weights_only=True)
+        with lean(cli.trainer):
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.newest, weights_only=True)
     except SystemExit:
         if cli.trainer.interrupted:  # Lightning ends with its own code
             raise KeyboardInterrupt from None

@@ -1,6 +1,7 @@
 """Conditions: what the network is told beside the state."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -9,18 +10,18 @@ class Condition(ABC):
     """Turns a batch's raw conditions into what the network reads, with classifier-free dropout."""
 
     @abstractmethod
-    def __call__(self, raw: Tensor | None, chance: Tensor | None = None) -> Tensor | None:
+    def __call__(self, raw: Tensor | None, chance: Callable[[], Tensor] | None = None) -> Tensor | None:
         """Return the network's condition of raw conditions (B,).
 
-        `chance`, uniform numbers (B,), drops each sample's condition on its own with the condition's dropout
-        probability; without it (sampling) nothing is dropped.
+        `chance` draws uniform numbers (B,), by which each sample's condition is dropped on its own with the condition's
+        dropout probability; without it (sampling) nothing is dropped.
         """
 
 
 class Unconditional(Condition):
     """The network is told nothing."""
 
-    def __call__(self, raw: Tensor | None, chance: Tensor | None = None) -> Tensor | None:
+    def __call__(self, raw: Tensor | None, chance: Callable[[], Tensor] | None = None) -> Tensor | None:
         return None
 
 
@@ -37,9 +38,9 @@ class ClassLabel(Condition):
             raise ValueError(f"ClassLabel: dropout is {dropout}, it must lie in [0, 1]")
         self.classes, self.dropout = classes, dropout
 
-    def __call__(self, raw: Tensor | None, chance: Tensor | None = None) -> Tensor | None:
+    def __call__(self, raw: Tensor | None, chance: Callable[[], Tensor] | None = None) -> Tensor | None:
         if raw is None:
             raise ValueError("ClassLabel: the data carries no class labels; use Unconditional")
-        if chance is None:
+        if chance is None or not self.dropout:
             return raw
-        return raw.where(chance >= self.dropout, self.classes)
+        return raw.where(chance() >= self.dropout, self.classes)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from subprocess import PIPE
 
@@ -42,7 +43,8 @@ class Workspace:
     def __init__(self, path: Path):
         self.path = path
         if not (path / "configs").exists():
-            (path / "configs").symlink_to(REPOSITORY / "configs")
+            with suppress(FileExistsError):  # another process's
+                (path / "configs").symlink_to(REPOSITORY / "configs")
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, "WANDB_MODE": "offline", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -72,12 +74,15 @@ class Workspace:
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory) -> Workspace:
-    """A workspace in which the quick pipeline has run: runs/demo holds every artefact, barely trained.
+    """A workspace in which the quick pipeline has run: runs/demo holds every artefact, barely trained; all of pytest shares it.
 
     RECTIFY_WORKSPACE names a folder in which it has run before, to spare the minute when writing tests.
     """
     if ready := os.environ.get("RECTIFY_WORKSPACE"):
         return Workspace(Path(ready))
-    place = Workspace(tmp_path_factory.mktemp("workspace"))
-    place.rectify("run", "configs/digits/pipeline.yaml", "--quick", "true")
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "workspace"
+    path.mkdir(exist_ok=True)
+    place = Workspace(path)
+    place.rectify("run", "configs/digits/pipeline.yaml", "--quick", "true")  # the second process waits, and finds all finished
     return place

@@ -96,7 +96,7 @@ class Generator(LightningModule):
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """One step: the same for every method, because a pair brings its own noise."""
         draws = Draws(batch)
-        return self.loss(batch, draws, self.condition(batch.condition, chance=draws.uniform("drop")))
+        return self.loss(batch, draws, self.condition(batch.condition, chance=partial(draws.uniform, "drop")))
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """The same on held-out samples, told all."""

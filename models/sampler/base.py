@@ -110,10 +110,12 @@ class Sampler(ABC):
         return walk.interpolant.mix(x, walk(clean, s)[1], s)
 
     def walk(self, denoiser: DenoiserLike, x_t: Tensor, cond: Tensor | None = None, noise: Noise | None = None) -> list[Tensor]:
-        """Return the states at every time of the grid, from the state x_t at its first."""
+        """Return the states at every time of the grid, from the state x_t at its first; refuses those that are not finite."""
         if self.draws and noise is None:
             raise ValueError(f"{type(self).__name__}: noise is None; give a torch.Generator or a function of the step")
-        return self._along(self.times, Walk(denoiser, cond, noise), x_t)
+        states = self._along(self.times, Walk(denoiser, cond, noise), x_t)
+        self._finite(states, self.times)
+        return states
 
     def _along(self, times: list[float], walk: Walk, x_t: Tensor) -> list[Tensor]:
         states = [x_t]
@@ -138,7 +140,7 @@ class Sampler(ABC):
             ValueError: the states are not finite, or a sampler that draws noise was given none.
         """
         start = denoiser.interpolant.mix(torch.zeros_like(eps), eps, eps.new_tensor(self.times[0]))  # type: ignore[attr-defined]
-        return self._finite(self.walk(denoiser, start, cond, noise), self.times)
+        return self.walk(denoiser, start, cond, noise)[-1]
 
     @torch.no_grad()
     def invert(self, denoiser: DenoiserLike, x: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -149,14 +151,16 @@ class Sampler(ABC):
         if self.draws:
             raise ValueError(f"{type(self).__name__}: a walk that draws noise has no inverse; use DDIM with eta 0")
         times = self.times[::-1]
-        end = self._finite(self._along(times, Walk(denoiser, cond), x), times)
+        states = self._along(times, Walk(denoiser, cond), x)
+        self._finite(states, times)
+        end = states[-1]
         _, sigma = denoiser.interpolant(end.new_tensor(times[-1]))  # type: ignore[attr-defined]
         return end / expand(sigma, end)
 
-    def _finite(self, states: list[Tensor], times: list[float]) -> Tensor:
-        """Return the last state; name the first that is not finite if that one is not."""
+    def _finite(self, states: list[Tensor], times: list[float]) -> None:
+        """Name the first state that is not finite, if the last is not."""
         if states[-1].isfinite().all():
-            return states[-1]
+            return
         t, bad = next((t, x) for t, x in zip(times, states) if not x.isfinite().all())
         count = (~bad.isfinite()).flatten(1).any(1).sum().item()
         raise ValueError(

@@ -264,11 +264,13 @@ def test_a_set_of_a_hundred_million_samples_opens_at_once(tmp_path):
         (tmp_path / shard["name"]).touch()
     manifest = {"format": 2, "kind": "latents", "samples": 10**8, "shards": shards}
     write_json(tmp_path / "manifest.json", manifest)
-    tracemalloc.start()
-    began = time.monotonic()
+    began = time.process_time()  # not the wall's, which the machine's other work moves; nor traced, which is slow
     reader = ShardReader(tmp_path)
     found = order(reader.manifest, 3, 7, 98_765_432, 512)
-    seconds, memory = time.monotonic() - began, tracemalloc.get_traced_memory()[1]
+    seconds = time.process_time() - began
+    tracemalloc.start()
+    order(ShardReader(tmp_path).manifest, 3, 7, 98_765_432, 512)
+    memory = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(reader) == 10**8 and len(set(found.tolist())) == 512
     assert seconds < 2 and memory < 100e6, (seconds, memory)

@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -31,10 +30,10 @@ def refused(workspace, monkeypatch, capfd):
 
 
 def test_help_is_instant_and_names_every_verb():
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "deploy", "--help"], capture_output=True, text=True, check=True)
-    assert time.monotonic() - began < 1.5
+    code = "import sys; from deploy.cli import parser; parser().print_help(); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(f"  {verb}" in done.stdout for verb in VERBS)
+    assert not {"torch", "numpy", "lightning", "diffusers", "jsonargparse"} & set(done.stderr.split())
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS))

@@ -81,7 +81,7 @@ def test_attention_is_softmax_attention():
 
 
 def test_labels_are_dropped_each_on_its_own():
-    told = ClassLabel(10, dropout=0.25)(torch.zeros(20_000, dtype=torch.long), torch.rand(20_000))
+    told = ClassLabel(10, dropout=0.25)(torch.zeros(20_000, dtype=torch.long), lambda: torch.rand(20_000))
     assert told.eq(10).float().mean().item() == pytest.approx(0.25, abs=0.015)
     assert ClassLabel(10, 0.25)(torch.tensor([4])).item() == 4
     assert Unconditional()(torch.tensor([4])) is None

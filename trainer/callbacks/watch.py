@@ -76,16 +76,16 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any) -> None:
         """Remember the losses of the last steps; now and then, look."""
-        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches  # by which Lightning has divided it
         seen = getattr(getattr(pl_module, "objective", None), "seen", None)
-        self.recent.append(Part(batch.step, batch.step * batch.size + batch.start, batch.seed, loss, seen))
+        self.recent.append(Part(batch.step, batch.step * batch.size + batch.start, batch.seed, outputs["loss"].detach(), seen))
         if trainer.global_step % self.every == 0:
             self.look(trainer)
 
     def look(self, trainer: Trainer) -> None:
         """Raise, naming the step, its samples and their times, if there was a bad loss on any rank."""
         recent, self.recent = self.recent, []
-        losses = torch.stack([part.loss for part in recent]).tolist() if recent else []
+        parts = trainer.accumulate_grad_batches  # by which Lightning has divided the losses
+        losses = (torch.stack([part.loss for part in recent]) * parts).tolist() if recent else []
         bad = [part for part, loss in zip(recent, losses) if not abs(loss) <= self.limit and (isfinite(loss) or not self.skip)]
         if not trainer.strategy.reduce_boolean_decision(bool(bad), all=False):
             return

@@ -1,0 +1,91 @@
+"""Calling a step's hooks directly changes nothing but the time that it takes."""
+
+import inspect
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer import call
+from torch.utils.data import DataLoader
+
+from trainer.lean import HEARD, OWN, lean
+
+HOOKS = sorted(name for name, _ in inspect.getmembers(Callback, inspect.isfunction) if name.startswith("on_"))
+
+
+class Told(Callback):
+    """Notes every hook that it hears."""
+
+    def __init__(self):
+        self.said = []
+
+
+def hook(name):
+    def note(self, trainer, module, *arguments):
+        self.said.append((name, trainer.global_step, len(arguments)))
+
+    return note
+
+
+for name in HOOKS:
+    setattr(Told, name, hook(name))
+
+
+class Plain(LightningModule):
+    """One weight, and a hook of its own that logs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+    def training_step(self, batch, _):
+        return (self.weight * batch).square().sum()
+
+    def on_train_batch_end(self, *_):
+        self.log("sum", self.weight.sum())
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), 0.1)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def trained(tmp_path, leanly, **options):
+    """Return what four steps of two parts each left behind: weights, logged values, hooks heard."""
+    module, told = Plain(), Told()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        max_steps=4, accumulate_grad_batches=2, gradient_clip_val=0.5, callbacks=[told], default_root_dir=tmp_path,
+        accelerator="cpu", **quiet, **options
+    )  # fmt: skip
+    batches = DataLoader(torch.arange(48.0).view(16, 3), batch_size=2)
+    before = call._call_callback_hooks
+    if leanly:
+        with lean(trainer):
+            assert (call._call_callback_hooks is before) == ("profiler" in options)
+            trainer.fit(module, batches)
+    else:
+        trainer.fit(module, batches)
+    assert call._call_callback_hooks is before
+    return module.weight.tolist(), trainer.callback_metrics["sum"].item(), told.said
+
+
+@pytest.mark.parametrize("options", [{}, {"profiler": "simple"}], ids=str)
+def test_weights_logged_values_and_hooks_are_the_same(tmp_path, options):
+    """Of this version of Lightning: all hooks are heard, in the same order, at the same steps."""
+    plain, quick = trained(tmp_path, False), trained(tmp_path, True, **options)
+    assert quick == plain
+    heard = {name for name, *_ in plain[2]}
+    assert heard >= set(HEARD)
+
+
+def test_the_wrappers_are_what_this_version_of_lightning_has():
+    """A new one must be looked at: names and arguments of what is stood in for."""
+    given = [list(inspect.signature(getattr(call, f"_call_{kind}")).parameters) for kind in ("callback_hooks", "strategy_hook")]
+    assert given == [
+        ["trainer", "hook_name", "args", "monitoring_callbacks", "kwargs"],
+        ["trainer", "hook_name", "args", "kwargs"],
+    ]
+    module = list(inspect.signature(call._call_lightning_module_hook).parameters)
+    assert module == ["trainer", "hook_name", "args", "pl_module", "kwargs"]
+    assert all(hasattr(LightningModule, name) for name in HEARD + OWN) and all(hasattr(Callback, name) for name in HEARD)
