@@ -22,9 +22,9 @@ from models.guidance import Guided
 from trainer import job
 from trainer.collect import asked
 from trainer.evaluate.classifier import Classifier, trained
-from trainer.evaluate.measures import first_orderness, frechet, recall
+from trainer.evaluate.measures import frechet, nearest, recall, trajectories
 
-CHUNK, ROWS, TRAJECTORIES = 250, 4, 250  # samples drawn at once; rows of the sample grid; for first-orderness
+CHUNK, ROWS, TRAJECTORIES = 250, 4, 250  # samples drawn at once; rows of the sample grid; whose trajectories are measured
 
 
 class Drawing:
@@ -79,8 +79,14 @@ def measure(drawing: Drawing, classifier: Classifier, real: Tensor, steps: int, 
     whole = sorted(gather_object(found), key=lambda part: part[0])
     fake, hits = torch.cat([part[1] for part in whole]), [part[2] for part in whole]
     result = {"fd": frechet(real, fake), "recall": recall(real, fake), "precision": recall(fake, real)}
+    result["nearest"] = nearest(real, fake)
     result["nfe"] = drawing.sampler(steps).nfe(drawing.denoiser)
     return result if None in hits else {**result, "accuracy": torch.cat(hits).float().mean().item()}
+
+
+def drift(rows: dict[str, dict[str, Any]], own: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a student's rows with how much farther its samples lie from the nearest real ones than its teacher's do."""
+    return {steps: {**row, "drift": row["nearest"] - own["nearest"]} for steps, row in rows.items()}
 
 
 def floors(codec: Codec, classifier: Classifier, sets: list[Images], samples: int, seed: int) -> dict[str, float]:
@@ -111,6 +117,8 @@ def evaluate(
     out: Path,
     steps: list[int] = [1, 2, 4, 8, 32],  # noqa: B006  (read only; jsonargparse shows it in --help)
     samples: int = 2000,
+    teacher: Path | None = None,
+    teacher_guidance: float = 1.0,
     guidance: float = 1.0,
     seed: int = 2,
     sampler: job.Deterministic = "DDIM",
@@ -118,7 +126,8 @@ def evaluate(
     """Measure a run's samples at several numbers of steps, and write OUT/evaluation.json with sample grids.
 
     Frechet distance to all real images, accuracy of the asked class, precision and recall, in the features of a small
-    classifier trained on IMAGES/train (kept beside them); first-orderness of the trajectories; the floor.
+    classifier trained on IMAGES/train (kept beside them); the mean distance to the nearest real image, and how much more that is
+    than the teacher's (drift); first-orderness, straightness and curvature of the trajectories; the floor.
 
     Args:
         run: run folder or checkpoint.
@@ -126,14 +135,17 @@ def evaluate(
         out: folder for the results.
         steps: of the sampler.
         samples: drawn at each number of steps.
+        teacher: run or checkpoint that the run learnt from, drawn from the same noises at the largest number of steps.
+        teacher_guidance: scale at which the teacher draws: the one that is baked into the student.
         guidance: scale w of u + w (c - u).
         seed: of the noises; keep it apart from those of collected pairs.
-        sampler: what walks from noise to data; first-orderness is measured along DDIM's walk.
+        sampler: what walks from noise to data; trajectories are measured along DDIM's walk.
     """
     if not steps or min(steps) < 1 or samples < 100:
         raise ValueError(f"steps {steps} must all be at least 1, and samples ({samples}) at least 100")
     began, state = time.monotonic(), job.start()
     drawing = Drawing(run, guidance, seed, state, sampler)
+    taught = Drawing(teacher, teacher_guidance, seed, state, sampler) if teacher else None
     sets = [Images(str(images / split)) for split in ("train", "heldout")]
     with state.main_process_first(), torch.inference_mode(False):
         classifier, score = trained(images, *sets)
@@ -141,8 +153,10 @@ def evaluate(
     eps, _, told = drawing.start(range(TRAJECTORIES))
     columns = len(sets[0].manifest["classes"])
     share = -(-samples // state.num_processes)
-    with Meter(f"evaluate {run.name}", share * sum(steps), "evaluations", shown=state.is_main_process) as meter:
+    total = share * (sum(steps) + (max(steps) if taught else 0))
+    with Meter(f"evaluate {run.name}", total, "evaluations", shown=state.is_main_process) as meter:
         results = {str(n): measure(drawing, classifier, real, n, samples, meter) for n in steps}
+        own = measure(taught, classifier, real, max(steps), samples, meter) if taught else {}
     if state.is_main_process:
         for n in steps:
             with replacing(out / f"samples-{n}.png") as temporary:
@@ -150,10 +164,13 @@ def evaluate(
         origin = {"format": 1, "run": str(run), "denoiser": drawing.fingerprint, "reference": sets[0].manifest["listing"]}
         found = {
             "steps": results,
-            "first_orderness": first_orderness(drawing.denoiser, eps, told),
+            **trajectories(drawing.denoiser, eps, told),
             "floors": floors(drawing.codec.cpu(), classifier, sets, samples, seed),
             "classifier_accuracy_heldout": score,
         }
+        if taught:
+            whose = {"run": str(teacher), "denoiser": taught.fingerprint, "guidance": teacher_guidance, "steps": max(steps)}
+            found |= {"teacher": {**whose, **own}, "steps": drift(results, own)}
         settings = {"samples": samples, "guidance": guidance, "seed": seed, "sampler": sampler}
         seconds = round(time.monotonic() - began, 1)
         write_json(out / "evaluation.json", {**origin, **found, "settings": settings, "seconds": seconds})

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import read_json
-from data.form import COUNT, NUMBER, conform
+from data.form import COUNT, NAME, NUMBER, conform
 
 ROW = {"fd": float, "nfe": COUNT, "recall": float, "precision": float}
 EVALUATION = {
@@ -42,6 +42,10 @@ def summarize(out: Path) -> dict[str, Any]:
     for name, evaluation in evaluations.items():
         summary[name] = evaluation["steps"]
     summary["first_orderness"] = {name: evaluation["first_orderness"] for name, evaluation in evaluations.items()}
+    summary["straightness"] = {name: e["straightness"] for name, e in evaluations.items() if "straightness" in e}
+    drifts = {name: {n: row["drift"] for n, row in e["steps"].items() if "drift" in row} for name, e in evaluations.items()}
+    summary["drift"] = {name: rows for name, rows in drifts.items() if rows}
+    conform(summary, {"straightness": {NAME: float}, "drift": {NAME: {NUMBER: float}}}, str(out / "evaluation"))
     path = out / "export" / "export.json"
     export = read(path, EXPORT) if path.exists() else {"max_abs_diff": None, "gaps": {}}
     summary["export_max_abs_diff"] = export["max_abs_diff"]
@@ -89,6 +93,11 @@ def table(summary: dict[str, Any]) -> str:
     floors = summary["floors"]
     lines.append(f"floor: autoencoder {floors['autoencoder']:.4f}, bootstrapped real {floors['bootstrap']:.4f}")
     lines.append("first-orderness: " + ", ".join(f"{k} {v:.4f}" for k, v in summary["first_orderness"].items()))
+    if straight := summary.get("straightness"):
+        lines.append("straightness: " + ", ".join(f"{k} {v:.4f}" for k, v in straight.items()))
+    for name, drifts in summary.get("drift", {}).items():
+        told = ", ".join(f"{drifts[n]:+.4f} at {n}" for n in sorted(drifts, key=int))
+        lines.append(f"drift of {name}, by steps: {told}")
     for name, target in summary.get("targets", {}).items():
         bound = f"at most {target['at_most']}" if "at_most" in target else f"at least {target['at_least']}"
         lines.append(f"{name}: {target['value']:.4f} ({bound}: {'met' if target['met'] else 'NOT met'})")
