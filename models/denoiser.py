@@ -21,6 +21,8 @@ class Denoiser(nn.Module):
         clock: what the network reads of t; by default the network's own `clock`, else t itself.
     """
 
+    spent = 0  # network evaluations, one of one sample each, of all denoisers in this process so far: what methods cost
+
     def __init__(self, net: nn.Module, interpolant: Interpolant, prediction: Prediction, clock: Clock | None = None):
         super().__init__()
         self.net, self.interpolant, self.prediction = net, interpolant, prediction
@@ -68,5 +70,6 @@ class Denoiser(nn.Module):
             more["until"] = self.clock(s.to(dtype).expand(len(x_t)))
         if w is not None:
             more["scale"] = w.to(dtype).expand(len(x_t))
+        Denoiser.spent += len(x_t)
         y = self.net(self.prediction.read(self.interpolant, x_t, t), self.clock(t), cond, **more).to(dtype)
         return self.prediction.solve(self.interpolant, y, x_t, t)

@@ -56,7 +56,8 @@ def collect(
 ) -> None:
     """Collect pairs from a teacher's EMA weights; any number of processes, restarts and kills gives the same bytes.
 
-    `torchrun --nproc-per-node N -m deploy collect ...` works on N processes.
+    `torchrun --nproc-per-node N -m deploy collect ...` works on N processes. The manifest says what the set cost: `evaluations`
+    of the network, one sample each, guidance included (shards that a kill made necessary twice count once).
 
     Args:
         teacher: a run folder or a checkpoint of ours.
@@ -87,4 +88,4 @@ def collect(
         raw = asked(condition, shards.indices(number))
         drawn = list(draw(walk, guided, writer.noise(number), condition(raw), batch, state.device))
         writer.write(number, torch.cat(drawn), raw)
-    shards.finish()
+    shards.finish(evaluations=pairs * walk.nfe(guided))

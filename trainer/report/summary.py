@@ -6,6 +6,7 @@ from typing import Any
 
 from data.files import read_json
 from data.form import COUNT, NAME, NUMBER, conform
+from trainer.callbacks.metrics import read_log
 
 ROW = {"fd": float, "nfe": COUNT, "recall": float, "precision": float}
 EVALUATION = {
@@ -50,10 +51,29 @@ def summarize(out: Path) -> dict[str, Any]:
     export = read(path, EXPORT) if path.exists() else {"max_abs_diff": None, "gaps": {}}
     summary["export_max_abs_diff"] = export["max_abs_diff"]
     summary["export_native_grid_diff"] = {steps: gap["native_grid"] for steps, gap in export["gaps"].items()}
+    summary["cost"] = cost(out)
     summary["seconds"] = {name: stage["seconds"] for name, stage in read_stages(out).items()}
     if {"teacher", "student"} <= evaluations.keys():
         summary["targets"] = targets(summary["teacher"], summary["student"])
     return summary
+
+
+def cost(out: Path) -> dict[str, Any]:
+    """Return the network evaluations, one sample each, that a pipeline's pair sets and runs took, each and in total.
+
+    A training sample's backward pass is not counted beside its forward passes; those of evaluation are not the method's cost.
+    """
+    stages: dict[str, int] = {}
+    for path in sorted(out.glob("*/manifest.json")):
+        if (manifest := read_json(path)).get("kind") == "pairs" and "evaluations" in manifest:
+            conform(manifest, {"evaluations": COUNT}, str(path))
+            stages[path.parent.name] = manifest["evaluations"]
+    for path in sorted(out.glob("*/metrics.jsonl")):
+        counts = [values["evaluations"] for _, values in read_log(path) if "evaluations" in values]
+        conform(counts, [COUNT], f"{path}: evaluations")
+        if counts:
+            stages[path.parent.name] = counts[-1]
+    return {"evaluations": stages, "total": sum(stages.values())}
 
 
 def models(summary: dict[str, Any]) -> list[tuple[str, list[tuple[int, dict[str, Any]]]]]:
@@ -95,6 +115,9 @@ def table(summary: dict[str, Any]) -> str:
     lines.append("first-orderness: " + ", ".join(f"{k} {v:.4f}" for k, v in summary["first_orderness"].items()))
     if straight := summary.get("straightness"):
         lines.append("straightness: " + ", ".join(f"{k} {v:.4f}" for k, v in straight.items()))
+    if spent := summary.get("cost", {}).get("evaluations"):
+        told = ", ".join(f"{name} {count:,}" for name, count in spent.items())
+        lines.append(f"network evaluations: {told}; in all {summary['cost']['total']:,}")
     for name, drifts in summary.get("drift", {}).items():
         told = ", ".join(f"{drifts[n]:+.4f} at {n}" for n in sorted(drifts, key=int))
         lines.append(f"drift of {name}, by steps: {told}")
