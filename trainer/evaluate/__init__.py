@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
-from data.files import replacing, write_json
+from data.files import file_digest, replacing, write_json
 from data.images import Images, read_all
 from data.noise import noise
 from data.progress import Meter
@@ -21,7 +21,8 @@ from models.codec import Codec, to_uint8
 from models.guidance import Guided
 from trainer import job
 from trainer.collect import asked
-from trainer.evaluate.classifier import Classifier, trained
+from trainer.evaluate.classifier import trained
+from trainer.evaluate.extractor import Extractor, Filter, Look
 from trainer.evaluate.measures import frechet, nearest, recall, trajectories
 
 CHUNK, ROWS, TRAJECTORIES = 250, 4, 250  # samples drawn at once; rows of the sample grid; whose trajectories are measured
@@ -67,13 +68,13 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     return Image.fromarray(torch.cat(rows, dim=-2).permute(1, 2, 0).squeeze(-1).numpy())
 
 
-def measure(drawing: Drawing, classifier: Classifier, real: Tensor, steps: int, samples: int, meter: Meter) -> dict[str, Any]:
+def measure(drawing: Drawing, look: Look, real: Tensor, steps: int, samples: int, meter: Meter) -> dict[str, Any]:
     """Return distance, accuracy and recall of samples at a number of steps, drawn by all ranks in strided chunks."""
     chunks = [range(start, min(samples, start + CHUNK)) for start in range(0, samples, CHUNK)]
     found: list[tuple[int, Tensor, Tensor | None]] = []
     for chunk in job.share(drawing.state, chunks):
         images, raw = drawing.images(chunk, steps)
-        features, logits = classifier(images)
+        features, logits = look(images)
         found.append((chunk.start, features, None if raw is None else logits.argmax(1) == raw))
         meter.add(len(chunk) * steps)
     whole = sorted(gather_object(found), key=lambda part: part[0])
@@ -84,12 +85,29 @@ def measure(drawing: Drawing, classifier: Classifier, real: Tensor, steps: int, 
     return result if None in hits else {**result, "accuracy": torch.cat(hits).float().mean().item()}
 
 
-def drift(rows: dict[str, dict[str, Any]], own: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def rows(
+    drawing: Drawing, teacher: Drawing | None, look: Look, real: Tensor, steps: list[int], samples: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return what `measure` finds at each number of steps, by steps, and of a teacher at the largest of them."""
+    state, walks = drawing.state, sum(steps) + (max(steps) if teacher else 0)
+    share = -(-samples // state.num_processes)
+    with Meter(f"evaluate {drawing.run.name}", share * walks, "evaluations", shown=state.is_main_process) as meter:
+        found = {str(n): measure(drawing, look, real, n, samples, meter) for n in steps}
+        return found, measure(teacher, look, real, max(steps), samples, meter) if teacher else {}
+
+
+def drift(found: dict[str, dict[str, Any]], own: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return a student's rows with how much farther its samples lie from the nearest real ones than its teacher's do."""
-    return {steps: {**row, "drift": row["nearest"] - own["nearest"]} for steps, row in rows.items()}
+    return {steps: {**row, "drift": row["nearest"] - own["nearest"]} for steps, row in found.items()}
 
 
-def floors(codec: Codec, classifier: Classifier, sets: list[Images], samples: int, seed: int) -> dict[str, float]:
+def own_features(images: Path) -> dict[str, Any]:
+    """Return what tells of the features of a set's own classifier, as `Extractor.about` does."""
+    file = images / "classifier.safetensors"
+    return {"extractor": file.name, "sha256": file_digest(file), "size": None, "resize": "none"}
+
+
+def floors(codec: Codec, look: Look, sets: list[Images], samples: int, seed: int) -> dict[str, float]:
     """Return what cannot be beaten: real images through the autoencoder alone, and real against bootstrapped real."""
     real, through = [], []
     squares: list[Tensor] = []
@@ -98,8 +116,8 @@ def floors(codec: Codec, classifier: Classifier, sets: list[Images], samples: in
         for x, _ in read_all(images, len(images)):
             again = codec.decode(codec.encode(x)).clamp(-1, 1)
             squares.append((again - x).square().mean((1, 2, 3)))
-            real.append(classifier(x)[0])
-            through.append(classifier(again)[0])
+            real.append(look(x)[0])
+            through.append(look(again)[0])
     features, again = torch.cat(real), torch.cat(through)
     drawn = torch.randint(len(features), (samples,), generator=torch.Generator().manual_seed(seed))
     psnr = 10 * np.log10(4 / torch.cat(squares).mean().item()) if torch.cat(squares).any() else float("inf")
@@ -119,6 +137,9 @@ def evaluate(
     samples: int = 2000,
     teacher: Path | None = None,
     teacher_guidance: float = 1.0,
+    extractor: Path | None = None,
+    extractor_size: int | None = None,
+    resize: Filter = "bicubic",
     guidance: float = 1.0,
     seed: int = 2,
     sampler: job.Deterministic = "DDIM",
@@ -137,6 +158,10 @@ def evaluate(
         samples: drawn at each number of steps.
         teacher: run or checkpoint that the run learnt from, drawn from the same noises at the largest number of steps.
         teacher_guidance: scale at which the teacher draws: the one that is baked into the student.
+        extractor: measure distances in the features of a network of your own instead: a transformers folder (CLIP, DINO, ViT), or
+            a TorchScript file, which is code that is run, so take it only from whom you trust; accuracy stays the classifier's.
+        extractor_size: height and width of what the extractor is shown; by default the folder's own, for a file the images'.
+        resize: filter that brings images to this size, antialiased.
         guidance: scale w of u + w (c - u).
         seed: of the noises; keep it apart from those of collected pairs.
         sampler: what walks from noise to data; trajectories are measured along DDIM's walk.
@@ -146,17 +171,15 @@ def evaluate(
     began, state = time.monotonic(), job.start()
     drawing = Drawing(run, guidance, seed, state, sampler)
     taught = Drawing(teacher, teacher_guidance, seed, state, sampler) if teacher else None
+    eyes = Extractor(extractor, extractor_size, resize, state.device) if extractor else None
     sets = [Images(str(images / split)) for split in ("train", "heldout")]
     with state.main_process_first(), torch.inference_mode(False):
         classifier, score = trained(images, *sets)
-    real = torch.cat([classifier(x)[0] for part in sets for x, _ in read_all(part, len(part))])
+    look: Look = eyes.beside(classifier) if eyes else classifier
+    real = torch.cat([look(x)[0] for part in sets for x, _ in read_all(part, len(part))])
     eps, _, told = drawing.start(range(TRAJECTORIES))
     columns = len(sets[0].manifest["classes"])
-    share = -(-samples // state.num_processes)
-    total = share * (sum(steps) + (max(steps) if taught else 0))
-    with Meter(f"evaluate {run.name}", total, "evaluations", shown=state.is_main_process) as meter:
-        results = {str(n): measure(drawing, classifier, real, n, samples, meter) for n in steps}
-        own = measure(taught, classifier, real, max(steps), samples, meter) if taught else {}
+    results, own = rows(drawing, taught, look, real, steps, samples)
     if state.is_main_process:
         for n in steps:
             with replacing(out / f"samples-{n}.png") as temporary:
@@ -164,8 +187,9 @@ def evaluate(
         origin = {"format": 1, "run": str(run), "denoiser": drawing.fingerprint, "reference": sets[0].manifest["listing"]}
         found = {
             "steps": results,
+            "features": eyes.about() if eyes else own_features(images),
             **trajectories(drawing.denoiser, eps, told),
-            "floors": floors(drawing.codec.cpu(), classifier, sets, samples, seed),
+            "floors": floors(drawing.codec.cpu(), look, sets, samples, seed),
             "classifier_accuracy_heldout": score,
         }
         if taught:

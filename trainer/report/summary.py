@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import read_json
-from data.form import COUNT, NAME, NUMBER, conform
+from data.form import COUNT, NAME, NUMBER, SHA256, conform
 from trainer.callbacks.metrics import read_log
 
 ROW = {"fd": float, "nfe": COUNT, "recall": float, "precision": float}
@@ -14,6 +14,11 @@ EVALUATION = {
     "first_orderness": float,
     "floors": {"autoencoder": float, "bootstrap": float},
     "classifier_accuracy_heldout": float,
+}
+MEASURED = {
+    "features": {"extractor": str, "sha256": SHA256, "size": (None, COUNT), "resize": str},
+    "reference": SHA256,
+    "settings": {"samples": COUNT, "seed": int},
 }
 EXPORT = {"max_abs_diff": float, "gaps": {NUMBER: {"native_grid": float}}}
 
@@ -51,11 +56,21 @@ def summarize(out: Path) -> dict[str, Any]:
     export = read(path, EXPORT) if path.exists() else {"max_abs_diff": None, "gaps": {}}
     summary["export_max_abs_diff"] = export["max_abs_diff"]
     summary["export_native_grid_diff"] = {steps: gap["native_grid"] for steps, gap in export["gaps"].items()}
+    summary["measured"] = {name: measured(e, name) for name, e in evaluations.items() if "features" in e}
     summary["cost"] = cost(out)
     summary["seconds"] = {name: stage["seconds"] for name, stage in read_stages(out).items()}
     if {"teacher", "student"} <= evaluations.keys():
         summary["targets"] = targets(summary["teacher"], summary["student"])
     return summary
+
+
+def measured(evaluation: dict[str, Any], name: str) -> str:
+    """Return what an evaluation's figures were measured in: extractor, resize filter, reference set, seed."""
+    conform(evaluation, MEASURED, f"evaluation of {name}")
+    told, asked = evaluation["features"], evaluation["settings"]
+    shown = f"resize {told['resize']}" + (f" to {told['size']}" if told["size"] else "")
+    drawn = f"{asked['samples']} samples of seed {asked['seed']}"
+    return f"{told['extractor']} {told['sha256'][:12]}, {shown}, reference {evaluation['reference'][:12]}, {drawn}"
 
 
 def cost(out: Path) -> dict[str, Any]:
@@ -110,6 +125,8 @@ def table(summary: dict[str, Any]) -> str:
         for steps, row in rows:
             cells = f"{row['fd']:>10.4f}{row.get('accuracy', float('nan')):>10.4f}{row['recall']:>9.4f}{row['precision']:>11.4f}"
             lines.append(f"{name:10}{steps:>6}{row['nfe']:>6}{cells}")
+    for told in dict.fromkeys((whole := summary.get("measured", {})).values()):
+        lines.append(f"measured in {told} ({', '.join(name for name in whole if whole[name] == told)})")
     floors = summary["floors"]
     lines.append(f"floor: autoencoder {floors['autoencoder']:.4f}, bootstrapped real {floors['bootstrap']:.4f}")
     lines.append("first-orderness: " + ", ".join(f"{k} {v:.4f}" for k, v in summary["first_orderness"].items()))
