@@ -22,6 +22,7 @@ VERBS = {
     "export": ("deploy.export:export", "write a diffusers folder that plain diffusers loads"),
     "ema": ("trainer.posthoc:ema", "reconstruct the average of another width from a run's EMA snapshots"),
     "consolidate": ("trainer.consolidate:consolidate", "write a checkpoint, sharded or not, as one safetensors file"),
+    "delta": ("trainer.delta:delta", "write a student as its difference from its base, or apply one to a fine-tune of it"),
     "report": ("trainer.report:report", "write summary.json and a self-contained report.html of a pipeline's folder"),
     "run": ("deploy.run:run", "run a pipeline of these, skipping what is finished"),
 }
