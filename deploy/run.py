@@ -1,4 +1,14 @@
-"""`rectify run`: a pipeline is a list of `rectify` commands; each is run once, and the same command resumes."""
+"""`rectify run`: a pipeline is a list of `rectify` commands; each is run once, and the same command resumes.
+
+A stage is a `name`, one verb with its options, and, if need be, `quick` options of `--quick true` and `for`, loops over values:
+
+    name: fit-{form}-{seed}
+    for: {seed: [0, 1, 2], form: {flow: {}, vp: {model.denoiser.interpolant: VariancePreserving}}}
+    fit: {config: model.yaml, out: "{out}/{form}/{seed}", seed_everything: "{seed}"}
+
+is six stages, fit-flow-0 first, fit-vp-0 next: {seed} and {form} stand for the values, and a mapping's values bring options of
+their own. With `--quick true` every loop takes its first value alone.
+"""
 
 import ctypes
 import fcntl
@@ -9,19 +19,47 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from data.files import canonical, digest, naming, read_json, write_json
-from data.form import NAME, PATH, conform, shown
+from data.form import COUNT, NAME, PATH, conform, shown
 from deploy.cli import VERBS
+
+APART = ("name", "for", "quick")  # entries of a stage that are not its verb
+LOOPS = {NAME: ([(NAME, COUNT)], {NAME: (None, dict)})}
+
+
+def filled(part: Any, values: dict[str, Any]) -> Any:
+    """Return a part of a stage with every {name} in its text replaced by the value."""
+    if isinstance(part, dict):
+        return {key: filled(value, values) for key, value in part.items()}
+    if isinstance(part, list):
+        return [filled(value, values) for value in part]
+    for name, value in values.items() if isinstance(part, str) else ():
+        part = part.replace(f"{{{name}}}", str(value))
+    return part
+
+
+def unrolled(stage: dict[str, Any], quick: bool = False) -> list[dict[str, Any]]:
+    """Return a stage once for every combination of its loops' values, of the first ones if quick; the last loop turns fastest."""
+    loops, stages = stage.get("for") or {}, []
+    verb = next(key for key in stage if key not in APART)
+    for values in product(*(list(of)[: 1 if quick else None] for of in loops.values())):
+        options = dict(stage[verb])
+        for of, value in zip(loops.values(), values):
+            options |= (of[value] or {}) if isinstance(of, dict) else {}
+        own = {**{key: part for key, part in stage.items() if key != "for"}, verb: options}
+        stages.append(filled(own, dict(zip(loops, values))))
+    return stages
 
 
 def command(stage: dict[str, Any], out: Path, quick: bool) -> list[str]:
     """Return a stage's words: its verb, and an option for every entry, with {out} filled in."""
-    verb, options = next(item for item in stage.items() if item[0] not in ("name", "quick"))
+    verb, options = next(item for item in stage.items() if item[0] not in APART)
     words = [verb]
     for key, value in {**options, **(stage.get("quick") or {} if quick else {})}.items():
         words += [f"--{key}", str(value).replace("{out}", str(out))]
@@ -37,20 +75,23 @@ def fingerprint(words: list[str], before: str) -> str:
     return digest(canonical([words, files, before]))
 
 
-def load(config: Path) -> dict[str, Any]:
-    """Read and check a pipeline."""
+def load(config: Path, quick: bool = False) -> dict[str, Any]:
+    """Read and check a pipeline, its loops unrolled."""
     with naming(config):
         pipeline = yaml.safe_load(config.read_text())
     conform(pipeline, {"out": PATH, "stages": [dict]}, f"{config}: a pipeline needs `out` and `stages`")
     for stage in pipeline["stages"]:
-        verbs = [key for key in stage if key not in ("name", "quick")]
+        verbs = [key for key in stage if key not in APART]
         if len(verbs) != 1 or verbs[0] not in VERBS or not isinstance(stage[verbs[0]], dict):
             raise ValueError(f"{config}: stage {shown(stage)} needs a `name` and one verb of {', '.join(VERBS)} with its options")
         conform(stage, {"name": NAME}, f"{config}: stage {shown(stage)}")
         conform(stage.get("quick"), (None, dict), f"{config}: stage {stage['name']}: quick")
+        conform(stage.get("for") or {}, LOOPS, f"{config}: stage {stage['name']}: for")
+    pipeline["stages"] = [copy for stage in pipeline["stages"] for copy in unrolled(stage, quick)]
     names = [stage["name"] for stage in pipeline["stages"]]
     if len(set(names)) < len(names):
-        raise ValueError(f"{config}: every stage needs a `name` of its own, got {names}")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{config}: every stage needs a `name` of its own (with its loops' {{names}}), {twice!r} is there twice")
     return pipeline
 
 
@@ -60,9 +101,9 @@ def run(config: Path, out: Path | None = None, quick: bool = False) -> None:
     Args:
         config: the pipeline's YAML: `out`, and `stages`, each a name and one verb with its options.
         out: folder to use instead of the YAML's.
-        quick: use each stage's `quick` options: every stage, in little time, for a test.
+        quick: use each stage's `quick` options and each loop's first value: every stage, in little time, for a test.
     """
-    pipeline = load(config)
+    pipeline = load(config, quick)
     out = out or Path(pipeline["out"])
     with alone(out):
         walk(pipeline["stages"], out, quick)

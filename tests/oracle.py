@@ -1,40 +1,12 @@
-"""Closed forms: the exact denoiser of a Gaussian mixture, and of a single point (shared/formulas)."""
+"""Closed forms: the exact denoiser of a Gaussian mixture (models.exact), of a single Gaussian, and of a single point."""
 
 import torch
 from torch import Tensor
 
+from models.exact import Mixture
 from models.interpolant import Interpolant, expand
 
-
-class Mixture:
-    """The exact denoiser of sum_k w_k N(m_k, s_k^2), the same law in every dimension but coupled by the mode.
-
-    Args:
-        interpolant: of the states.
-        means: (K,), standing for m_k in every dimension.
-        stds: (K,).
-        weights: (K,).
-    """
-
-    def __init__(self, interpolant: Interpolant, means: list[float], stds: list[float], weights: list[float]):
-        self.interpolant = interpolant
-        self.m, self.s, self.w = (torch.tensor(v, dtype=torch.float64) for v in (means, stds, weights))
-
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        alpha, sigma = (expand(v.double(), x_t)[None] for v in self.interpolant(t))
-        m, s, w = (v.view(-1, *(1,) * x_t.ndim) for v in (self.m, self.s, self.w))
-        gap, v = x_t.double() - alpha * m, alpha**2 * s**2 + sigma**2  # (K, B, ...)
-        log_r = (-(gap**2) / v / 2 - v.log() / 2).flatten(2).sum(2).view(*gap.shape[:2], *(1,) * (x_t.ndim - 1)) + w.log()
-        r = log_r.softmax(0)
-        x_hat = (r * (m + alpha * s**2 / v * gap)).sum(0)
-        return x_hat.to(x_t.dtype), (r * sigma / v * gap).sum(0).to(x_t.dtype)
-
-    def log_density(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return log p_t(x_t), (B,), float64, at t of shape (), of states (B, ...)."""
-        alpha, sigma = self.interpolant(t.double())
-        v = (alpha**2 * self.s**2 + sigma**2)[:, None, None]
-        gap = x_t.double().flatten(1) - (alpha * self.m)[:, None, None]
-        return (-(gap**2 / v + (2 * torch.pi * v).log()) / 2).sum(2).add(self.w.log()[:, None]).logsumexp(0)
+__all__ = ["Flow", "Mixture", "Point", "single"]
 
 
 def single(interpolant: Interpolant, mean: float = 0.5, std: float = 0.7) -> Mixture:

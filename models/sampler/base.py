@@ -101,7 +101,11 @@ class Sampler(ABC):
         """
 
     def land(self, walk: Walk, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Return the state at s = 0: one DDIM step, so that no network is evaluated at t = 0, where rows are singular."""
+        """Return the state at s = 0: one DDIM step, so that no network is evaluated at t = 0, where rows are singular.
+
+        Where sigma(0) is not zero (VarianceExploding .01, Karras .002, Linear's sigma_min) that much noise stays in it, as in
+        flow matching (2210.02747). Score SDE and EDM take it out by one more evaluation: the denoiser's x_hat at t = 0.
+        """
         return walk.ddim(x_t, t, s)
 
     def lift(self, walk: Walk, x: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -124,6 +124,7 @@ def test_every_command_in_the_readme_runs(workspace):
         processes = int(words[words.index("--nproc-per-node") + 1]) if words[0] == "torchrun" else 1
         words = words[words.index("deploy") + 1 :] if words[0] == "torchrun" else words[1:]
         quick = {"run": ["--quick", "true"], "fit": ["--trainer.max_steps", "2"], "collect": ["--pairs", "300", "--steps", "2"]}
+        quick["picture"] = ["--updates", "2"]
         workspace.rectify(*words, *([] if "--help" in words else quick.get(words[0], [])), processes=processes)
 
 

@@ -9,11 +9,12 @@ from models.clock import Scaled, Tabulated
 from models.condition import ClassLabel, Unconditional
 from models.denoiser import Denoiser
 from models.guidance import Guided
-from models.interpolant import Linear, VariancePreserving
+from models.interpolant import Linear, VarianceExploding, VariancePreserving
 from models.nets import Net
 from models.nets.attention import Attention
 from models.nets.dit import DiT
-from models.prediction import Angular, Noise, Velocity
+from models.nets.score import ScoreNet
+from models.prediction import Angular, Noise, Score, Velocity
 from tests.forms import every_interpolant, every_prediction
 
 
@@ -46,6 +47,25 @@ def test_the_clock_is_apart_from_t():
         eps_hat = Denoiser(Told(), VariancePreserving(), Noise(), clock)(x_t, t)[1]
         torch.testing.assert_close(eps_hat[:, 0, 0, 0], expected)
     assert isinstance(Denoiser(small(), Linear(), Velocity()).clock, Scaled) and small().clock.factor == 1000
+
+
+@pytest.mark.parametrize("interpolant", [VarianceExploding(), VariancePreserving()], ids=repr)
+def test_a_score_net_is_even_at_every_noise_level(interpolant):
+    """Its network sees unit variance and t, and says -eps_hat: scores of 1 / 50 and of 100 are one size to it."""
+    net, t, cond = small(), torch.rand(6) * 0.98 + 0.01, torch.tensor([0, 1, 2, 0, 1, 2])
+    denoiser, x = Denoiser(ScoreNet(net, interpolant), interpolant, Score()), torch.randn(6, 2, 4, 4)
+    alpha, sigma = interpolant(t)
+    _, eps_hat = denoiser(x * torch.hypot(alpha, sigma).view(-1, 1, 1, 1), t, cond)
+    torch.testing.assert_close(eps_hat, -net(x, 1000 * t, cond), rtol=1e-4, atol=1e-5)
+    assert denoiser.shape == (2, 4, 4) and len(list(denoiser.net.blocks)) == 2 and denoiser.net.classes == 3
+
+
+def test_a_score_net_is_rebuilt_from_its_description():
+    denoiser = Denoiser(ScoreNet(small(), VarianceExploding()), VarianceExploding(), Score())
+    again = teacher.build(teacher.describe(denoiser))
+    again.load_state_dict(denoiser.state_dict())
+    x_t, t = torch.randn(2, 2, 4, 4), torch.rand(2)
+    assert all(torch.equal(a, b) for a, b in zip(again(x_t, t), denoiser(x_t, t)))
 
 
 def test_guidance_is_one_convention():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from models.interpolant import Linear
 from models.prediction import Score, Velocity
 from tests.forms import every_interpolant
 from tests.oracle import Mixture
@@ -66,3 +67,31 @@ def test_velocity_carries_the_density(interpolant, time):
     change = (law(x, *ahead) - law(x, *behind)) / (2 * h)
     spread = (flux(x + step) - flux(x - step)) / (2 * step)
     torch.testing.assert_close(change, -spread, rtol=0, atol=1e-5 * spread.abs().max().item())
+
+
+@every_interpolant
+@pytest.mark.parametrize("time", [0.0, *TIMES, 1.0])
+def test_the_closed_form_is_the_density_of_the_states(interpolant, time):
+    """It integrates to 1, its integral is the distribution, and noised samples follow it (Kolmogorov-Smirnov)."""
+    t, exact, n = torch.tensor(time, dtype=torch.float64), Mixture(interpolant, MEANS, STDS, WEIGHTS), 20_000
+    alpha, sigma = (v.item() for v in interpolant(t))
+    x = torch.linspace(-12, 12, 20_001, dtype=torch.float64) * math.hypot(alpha, sigma)
+    p = exact.log_density(x[:, None], t).exp()
+    torch.testing.assert_close(p, law(x, alpha, sigma), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.cumulative_trapezoid(p, x), exact.distribution(x[1:], t), rtol=0, atol=1e-5)
+    assert exact.distribution(x[-1:], t).item() == pytest.approx(1, abs=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    data = exact.sample((n,), generator)
+    states = interpolant.mix(data.double(), torch.randn(n, generator=generator).double(), t).sort().values
+    gap = (exact.distribution(states, t) - (torch.arange(n) + 0.5) / n).abs().max().item()
+    assert gap < 1.63 / math.sqrt(n), "a gap that equal laws exceed once in a hundred times"
+
+
+def test_a_mixture_that_is_none_is_refused():
+    for means, stds, weights, said in [
+        ([0.0], [1.0, 2.0], [1.0], "1 means, 2 stds"),
+        ([0.0], [0.0], [1.0], "must be positive"),
+        ([0.0, 1.0], [1.0, 1.0], [0.5, 0.6], "sum 1"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            Mixture(Linear(), means, stds, weights)

@@ -92,6 +92,16 @@ def test_one_point_is_returned_at_every_step_count(sampler, interpolant, steps):
     torch.testing.assert_close(x, point.expand(5, -1, -1, -1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("interpolant", [i for i in INTERPOLANTS if i(torch.tensor(0.0))[1] > 0], ids=repr)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_walk_ends_with_the_noise_that_the_interpolant_has_at_0(interpolant, steps):
+    """The last step goes to the state at t = 0, alpha(0) x + sigma(0) eps, not to x_hat: on VE sigma(0) = .01 stays."""
+    point, eps = torch.randn(1, 2, 4, 4, dtype=torch.float64), torch.randn(5, 2, 4, 4, dtype=torch.float64)
+    alpha, sigma = interpolant(torch.ones((), dtype=torch.float64))
+    x = DDIM(steps)(Point(interpolant, point), eps)
+    torch.testing.assert_close(x, interpolant.mix(point.expand_as(eps), eps - alpha / sigma * point, torch.zeros(()).double()))
+
+
 @every_interpolant
 def test_one_ddim_step_on_a_gaussian(interpolant):
     """The deviation is multiplied by S_r / S_t cos(theta_r - theta_t), theta = atan2(sigma, alpha s)."""

@@ -1,6 +1,7 @@
 """Evaluation: quality against the number of network evaluations."""
 
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,13 @@ class Drawing:
         denoiser, codec, self.condition = teachers.load(run)
         self.denoiser, self.codec = Guided(denoiser, guidance).to(state.device), codec.to(state.device)
         self.fingerprint, self.shape = teachers.fingerprint(denoiser), denoiser.shape
-        self.run, self.seed, self.state, self.sampler = run, seed, state, getattr(samplers, sampler)
+        self.run, self.seed, self.state = run, seed, state
+        self.walking(sampler)
+
+    def walking(self, sampler: job.Deterministic) -> "Drawing":
+        """Take another sampler; return this."""
+        self.sampler = getattr(samplers, sampler)
+        return self
 
     def start(self, indices: range) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return (noises, raw conditions, conditions as the network reads them) of indices."""
@@ -86,14 +93,27 @@ def measure(drawing: Drawing, look: Look, real: Tensor, steps: int, samples: int
 
 
 def rows(
-    drawing: Drawing, teacher: Drawing | None, look: Look, real: Tensor, steps: list[int], samples: int
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return what `measure` finds at each number of steps, by steps, and of a teacher at the largest of them."""
-    state, walks = drawing.state, sum(steps) + (max(steps) if teacher else 0)
-    share = -(-samples // state.num_processes)
-    with Meter(f"evaluate {drawing.run.name}", share * walks, "evaluations", shown=state.is_main_process) as meter:
-        found = {str(n): measure(drawing, look, real, n, samples, meter) for n in steps}
-        return found, measure(teacher, look, real, max(steps), samples, meter) if teacher else {}
+    drawing: Drawing,
+    walks: dict[Path, job.Deterministic],
+    teacher: Drawing | None,
+    look: Look,
+    real: Tensor,
+    steps: list[int],
+    samples: int,
+) -> dict[Path, dict[str, Any]]:
+    """Return, by place, what `measure` finds with each sampler: `steps`, a row for each; `teacher`, its row at the largest."""
+    state, passes = drawing.state, sum(steps) + (max(steps) if teacher else 0)
+    work = -(-samples // state.num_processes) * passes * len(walks)
+    found: dict[Path, dict[str, Any]] = {}
+    with Meter(f"evaluate {drawing.run.name}", work, "evaluations", shown=state.is_main_process) as meter:
+        for place, name in walks.items():
+            own = {str(n): measure(drawing.walking(name), look, real, n, samples, meter) for n in steps}
+            found[place] = {"steps": own}
+            if teacher:
+                row = measure(teacher.walking(name), look, real, max(steps), samples, meter)
+                whose = {"run": str(teacher.run), "denoiser": teacher.fingerprint, "steps": max(steps)}
+                found[place] = {"steps": drift(own, row), "teacher": {**whose, **row}}
+    return found
 
 
 def drift(found: dict[str, dict[str, Any]], own: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -142,7 +162,7 @@ def evaluate(
     resize: Filter = "bicubic",
     guidance: float = 1.0,
     seed: int = 2,
-    sampler: job.Deterministic = "DDIM",
+    sampler: job.Deterministic | list[job.Deterministic] = "DDIM",
 ) -> None:
     """Measure a run's samples at several numbers of steps, and write OUT/evaluation.json with sample grids.
 
@@ -164,14 +184,16 @@ def evaluate(
         resize: filter that brings images to this size, antialiased.
         guidance: scale w of u + w (c - u).
         seed: of the noises; keep it apart from those of collected pairs.
-        sampler: what walks from noise to data; trajectories are measured along DDIM's walk.
+        sampler: what walks from noise to data, or a list, of which each writes into OUT/SAMPLER; trajectories are measured
+            along DDIM's walk.
     """
-    if not steps or min(steps) < 1 or samples < 100:
-        raise ValueError(f"steps {steps} must all be at least 1, and samples ({samples}) at least 100")
+    if not steps or min(steps) < 1 or samples < 100 or not sampler:
+        raise ValueError(f"steps {steps} must all be at least 1, samples ({samples}) at least 100, and sampler ({sampler}) given")
     began, state = time.monotonic(), job.start()
-    drawing = Drawing(run, guidance, seed, state, sampler)
-    taught = Drawing(teacher, teacher_guidance, seed, state, sampler) if teacher else None
+    drawing = Drawing(run, guidance, seed, state)
+    taught = Drawing(teacher, teacher_guidance, seed, state) if teacher else None
     eyes = Extractor(extractor, extractor_size, resize, state.device) if extractor else None
+    walks = {out: sampler} if isinstance(sampler, str) else {out / name: name for name in sampler}
     sets = [Images(str(images / split)) for split in ("train", "heldout")]
     with state.main_process_first(), torch.inference_mode(False):
         classifier, score = trained(images, *sets)
@@ -179,22 +201,25 @@ def evaluate(
     real = torch.cat([look(x)[0] for part in sets for x, _ in read_all(part, len(part))])
     eps, _, told = drawing.start(range(TRAJECTORIES))
     columns = len(sets[0].manifest["classes"])
-    results, own = rows(drawing, taught, look, real, steps, samples)
+    results = rows(drawing, walks, taught, look, real, steps, samples)
     if state.is_main_process:
-        for n in steps:
-            with replacing(out / f"samples-{n}.png") as temporary:
-                grid(drawing.images(range(ROWS * columns), n)[0], columns).save(temporary, "png")
+        for place, n in product(walks, steps):
+            with replacing(place / f"samples-{n}.png") as temporary:
+                grid(drawing.walking(walks[place]).images(range(ROWS * columns), n)[0], columns).save(temporary, "png")
         origin = {"format": 1, "run": str(run), "denoiser": drawing.fingerprint, "reference": sets[0].manifest["listing"]}
-        found = {
-            "steps": results,
+        shared = {
             "features": eyes.about() if eyes else own_features(images),
             **trajectories(drawing.denoiser, eps, told),
             "floors": floors(drawing.codec.cpu(), look, sets, samples, seed),
             "classifier_accuracy_heldout": score,
+            "seconds": round(time.monotonic() - began, 1),
         }
-        if taught:
-            whose = {"run": str(teacher), "denoiser": taught.fingerprint, "guidance": teacher_guidance, "steps": max(steps)}
-            found |= {"teacher": {**whose, **own}, "steps": drift(results, own)}
-        settings = {"samples": samples, "guidance": guidance, "seed": seed, "sampler": sampler}
-        seconds = round(time.monotonic() - began, 1)
-        write_json(out / "evaluation.json", {**origin, **found, "settings": settings, "seconds": seconds})
+        told_of = {
+            "samples": samples,
+            "guidance": guidance,
+            "seed": seed,
+            **({"teacher_guidance": teacher_guidance} if taught else {}),
+        }
+        for place, name in walks.items():
+            settings = {**told_of, "sampler": name}
+            write_json(place / "evaluation.json", {**origin, **results[place], **shared, "settings": settings})

@@ -1,5 +1,6 @@
 """Measures of samples: distances, recall; and of trajectories: first-orderness, straightness, curvature."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -30,6 +31,16 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return float(metric.compute())
 
 
+def energy(a: Tensor, b: Tensor) -> float:
+    """Return the energy distance 2 E|A - B| - E|A - A'| - E|B - B'| of points (n, d) and (m, d) (Szekely & Rizzo, 2013).
+
+    It is never negative, and zero for equal laws only as n and m grow: two sets of one law show its floor.
+    """
+    exact = "donot_use_mm_for_euclid_dist"  # the fast way loses small distances to round-off
+    between, in_a, in_b = (torch.cdist(p, q, compute_mode=exact).double().mean().item() for p, q in ((a, b), (a, a), (b, b)))
+    return 2 * between - in_a - in_b
+
+
 def recall(real: Tensor, fake: Tensor, k: int = 3) -> float:
     """Return the fraction of real features inside the k-nearest-neighbour balls of the fakes (1904.06991).
 
@@ -48,7 +59,9 @@ def nearest(real: Tensor, fake: Tensor) -> float:
 
 
 @torch.no_grad()
-def trajectories(denoiser: DenoiserLike, eps: Tensor, cond: Tensor | None = None, steps: int = 32) -> dict[str, Any]:
+def trajectories(
+    denoiser: DenoiserLike, eps: Tensor, cond: Tensor | None = None, steps: int = 32, times: Sequence[float] | None = None
+) -> dict[str, Any]:
     """Return measures of a denoiser's own trajectories from eps, (B, C, H, W), along DDIM's walk of some steps, per dimension.
 
     - first_orderness: E |eps_hat(x_t1, t1) - eps_hat(x_t2, t2)|^2, t1 and t2 any two times of the grid (2410.07303): zero exactly
@@ -60,33 +73,37 @@ def trajectories(denoiser: DenoiserLike, eps: Tensor, cond: Tensor | None = None
 
     Args:
         denoiser: called as denoiser(x_t, t, cond).
-        eps: noises that the walk starts from.
+        eps: noises that the walk starts from, as a sampler's does.
         cond: what the denoiser is told.
-        steps: at least 2; the integral is their sum, off by O(1 / steps), as the walk is.
+        steps: of DDIM; the integral is their sum, off by O(1 / steps), as the walk is.
+        times: its grid, where that is not uniform from 1 to 0.
     """
     interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
-    walk = DDIM(steps)
-    states = walk.walk(denoiser, interpolant.mix(torch.zeros_like(eps), eps, eps.new_tensor(1.0)), cond)
+    walk = DDIM(steps, times)
+    states = walk.walk(denoiser, interpolant.mix(torch.zeros_like(eps), eps, eps.new_tensor(walk.times[0])), cond)
     hats, velocities = [], []
     for x_t, at in zip(states[:-1], walk.times):  # not at t = 0, where rows are singular
         t = eps.new_tensor(at).expand(len(eps))
         x_hat, eps_hat = denoiser(x_t, t, cond)
         hats.append(eps_hat)
         velocities.append(Velocity().target(interpolant, x_hat, eps_hat, t))
-    way = states[0] - states[-1]
+    way = (states[0] - states[-1]) / (walk.times[0] - walk.times[-1])
+    lengths = [(late - soon) / (walk.times[0] - walk.times[-1]) for late, soon in pairwise(walk.times)]
     parts: list[list[Tensor]] = [[] for _ in range(PARTS)]
     for (late, soon), (u, v) in zip(pairwise(walk.times), pairwise(velocities)):
         parts[int((late + soon) / 2 * PARTS)].append(((u - v) / (late - soon)).square().mean())
     return {
         "first_orderness": 2 * torch.stack(hats).var(0, correction=0).mean().item(),  # two times differ by twice the variance
-        "straightness": torch.stack([(way - u).square().mean() for u in velocities]).mean().item(),
+        "straightness": sum(length * (way - u).square().mean().item() for length, u in zip(lengths, velocities)),
         "curvature": [torch.stack(part).mean().item() if part else None for part in parts],
     }
 
 
-def first_orderness(denoiser: DenoiserLike, eps: Tensor, cond: Tensor | None = None, steps: int = 32) -> float:
+def first_orderness(
+    denoiser: DenoiserLike, eps: Tensor, cond: Tensor | None = None, steps: int = 32, times: Sequence[float] | None = None
+) -> float:
     """Return the first-orderness of `trajectories`."""
-    return trajectories(denoiser, eps, cond, steps)["first_orderness"]
+    return trajectories(denoiser, eps, cond, steps, times)["first_orderness"]
 
 
 def straightness(denoiser: DenoiserLike, eps: Tensor, cond: Tensor | None = None, steps: int = 32) -> float:
