@@ -24,6 +24,7 @@ VERBS = {
     "export": ("deploy.export:export", "write a diffusers folder that plain diffusers loads"),
     "ema": ("trainer.posthoc:ema", "reconstruct the average of another width from a run's EMA snapshots"),
     "consolidate": ("trainer.consolidate:consolidate", "write a checkpoint, sharded or not, as one safetensors file"),
+    "delta": ("trainer.delta:delta", "write a student as its difference from its base, or apply one to a fine-tune of it"),
     "picture": ("trainer.picture:picture", "draw how noise is carried to data, in the plane or on a line, for the eye"),
     "report": ("trainer.report:report", "write summary.json and a self-contained report.html of a pipeline's folder"),
     "table": ("trainer.report.spread:table", "tabulate evaluations of models that were trained with several seeds"),

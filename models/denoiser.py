@@ -22,6 +22,7 @@ class Denoiser(nn.Module):
     """
 
     guidance: float | list[float] | None = None  # of the pairs that it was trained on, one scale or [low, high], if known
+    spent = 0  # network evaluations, one of one sample each, of all denoisers in this process so far: what methods cost
 
     def __init__(self, net: nn.Module, interpolant: Interpolant, prediction: Prediction, clock: Clock | None = None):
         super().__init__()
@@ -70,5 +71,6 @@ class Denoiser(nn.Module):
             more["until"] = self.clock(s.to(dtype).expand(len(x_t)))
         if w is not None:
             more["scale"] = w.to(dtype).expand(len(x_t))
+        Denoiser.spent += len(x_t)
         y = self.net(self.prediction.read(self.interpolant, x_t, t), self.clock(t), cond, **more).to(dtype)
         return self.prediction.solve(self.interpolant, y, x_t, t)

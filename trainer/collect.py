@@ -54,7 +54,7 @@ def draw(
     return torch.cat(ends)
 
 
-def fill(writer: PairWriter, make: Callable[[int], Made], state: PartialState, lease: float, verb: str) -> None:
+def fill(writer: PairWriter, make: Callable[[int], Made], state: PartialState, lease: float, verb: str, evaluations: int) -> None:
     """Make what is missing of a pair set; any number of processes, restarts and kills gives the same bytes.
 
     Args:
@@ -63,6 +63,7 @@ def fill(writer: PairWriter, make: Callable[[int], Made], state: PartialState, l
         state: this process.
         lease: as in `job.work`.
         verb: for the progress line.
+        evaluations: of the network for each pair.
     """
     shards = writer.shards
     if (shards.folder / "manifest.json").exists() and not shards.missing():
@@ -70,7 +71,7 @@ def fill(writer: PairWriter, make: Callable[[int], Made], state: PartialState, l
         return
     for number in job.work(shards, state, lease, verb, "pairs"):
         writer.write(number, *make(number))
-    shards.finish()
+    shards.finish(evaluations=shards.count * evaluations)
 
 
 @torch.inference_mode()
@@ -90,7 +91,8 @@ def collect(
 ) -> None:
     """Collect pairs from a teacher's EMA weights; any number of processes, restarts and kills gives the same bytes.
 
-    `torchrun --nproc-per-node N -m deploy collect ...` works on N processes.
+    `torchrun --nproc-per-node N -m deploy collect ...` works on N processes. The manifest says what the set cost: `evaluations`
+    of the network, one sample each, guidance included (shards that a kill made necessary twice count once).
 
     Args:
         teacher: a run folder or a checkpoint of ours.
@@ -124,4 +126,4 @@ def collect(
         eps, scale = writer.noise(number), guidance if w is None else w
         return draw(walk, denoiser, eps, condition(raw), scale, batch, state.device), raw, eps, w
 
-    fill(writer, make, state, lease, "collect")
+    fill(writer, make, state, lease, "collect", walk.nfe(at(denoiser, guidance_max or guidance)))

@@ -13,6 +13,7 @@ from models import teacher as teachers
 from models.codec import KL, Codec
 from models.condition import ClassLabel, Condition
 from models.denoiser import Denoiser
+from models.guidance import at
 from trainer import job
 from trainer.collect import Made, draw, fill, origin
 
@@ -71,4 +72,4 @@ def invert(
         raw = real.condition if isinstance(condition, ClassLabel) else None
         return real.x, raw, draw(walk.invert, denoiser, real.x, condition(raw), guidance, batch, state.device), None
 
-    fill(writer, make, state, lease, "invert")
+    fill(writer, make, state, lease, "invert", walk.nfe(at(denoiser, guidance)))

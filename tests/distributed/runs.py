@@ -14,9 +14,10 @@ def fit(out, steps=40, *more):
 
 
 def final(run, steps=40):
-    """Return weights, averages and optimizer of a run's last checkpoint."""
+    """Return weights, averages, optimizer and cost of a run's last checkpoint."""
     checkpoint = teacher.read(run / "checkpoints" / f"step={steps:09d}.ckpt")
-    return {name: checkpoint[name] for name in ("state_dict", "ema", "ema_profiles", "optimizer_states", "global_step")}
+    names = ("state_dict", "ema", "ema_profiles", "optimizer_states", "global_step", "evaluations")
+    return {name: checkpoint[name] for name in names}
 
 
 def equal(a, b):

@@ -52,7 +52,8 @@ def whole(path: Path, wanted: Path) -> bool:
 def lasting(checkpoint: Path) -> dict:
     """Return what of a checkpoint training goes on from."""
     whole = teacher.read(checkpoint)
-    return {key: whole[key] for key in ("state_dict", "ema", "ema_profiles", "optimizer_states", "lr_schedulers", "global_step")}
+    names = ("state_dict", "ema", "ema_profiles", "optimizer_states", "lr_schedulers", "global_step", "evaluations")
+    return {key: whole[key] for key in names}
 
 
 def final_names(out: Path) -> dict[str, Path]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from data.files import atomic, naming
 from data.form import COUNT, conform
 from data.progress import Meter
+from models.denoiser import Denoiser
 
 
 class Metrics(Callback):
@@ -21,7 +22,9 @@ class Metrics(Callback):
     A resumed run cuts the file back to where it goes on. Lightning's own `log` would cost half a millisecond in every step.
 
     Beside the mean loss stand `loss_t0`, `loss_t1`, ...: those of the samples whose t fell into each of equal parts of [0, 1]; a
-    part in which none fell is left out.
+    part in which none fell is left out. `evaluations` counts what training has cost so far: forward passes of denoisers, one
+    sample each, on all ranks and across restarts, of the student, its teachers and whatever else an objective asks; not those of
+    validation.
 
     Args:
         every: optimizer steps between lines.
@@ -36,10 +39,14 @@ class Metrics(Callback):
         self.every, self.bins, self.step = every, bins, -1
         self.parts: list[dict[str, Tensor]] = []  # what the micro-batches of this step returned
         self.seen: list[tuple[Tensor, Tensor]] = []  # times and errors of their samples, where the objective keeps them
+        self.earlier: int | None = 0  # evaluations up to the checkpoint; None where an older version did not count them
+        self.mark = 0  # `Denoiser.spent` when last looked at
+        self.pending = self.spent = 0  # evaluations of this rank since it began: of the step at hand, of whole steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop lines of steps that will be made again, and start the progress meter."""
         self.step, self.began = trainer.global_step, time.monotonic()
+        self.mark, self.pending, self.spent = Denoiser.spent, 0, 0
         self.path = Path(trainer.default_root_dir) / "metrics.jsonl"
         name = self.path.parent.name
         self.meter = Meter(f"fit {name}", trainer.max_steps, "steps", self.step, trainer.is_global_zero).__enter__()
@@ -50,6 +57,7 @@ class Metrics(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Count the step, and write a line when one is due: means over the global batch, of all ranks and parts."""
         self.parts.append(outputs)
+        self._look()
         if seen := getattr(getattr(pl_module, "objective", None), "seen", None):
             self.seen.append(seen)
         if trainer.global_step == self.step:
@@ -57,18 +65,44 @@ class Metrics(Callback):
         self.meter.add(trainer.global_step - self.step)
         self.step, parts, self.parts = trainer.global_step, self.parts, []
         seen, self.seen = self.seen, []
-        if self.step % self.every:
+        self.spent, self.pending = self.spent + self.pending, 0  # whole steps only: a part of one would be made again
+        if self.step % self.every and self.step != trainer.max_steps:
             return
         means = {name: torch.stack([part[name].detach() for part in parts]).mean() for name in parts[0]}
         means["loss"] *= len(parts)  # which Lightning has divided by their number
         values = {name: trainer.strategy.reduce(value, reduce_op="mean").item() for name, value in means.items()}
         if seen and self.bins:
             values |= by_time(seen, self.bins, lambda sums: trainer.strategy.reduce(sums, reduce_op="sum"))
+        if evaluations := self._total(trainer):
+            values["evaluations"] = evaluations
         self._write(trainer, values)
         self.meter.add(0, f"loss {values['loss']:.4f}")
 
+    def _look(self) -> None:
+        """Count what was evaluated since the last look."""
+        self.pending, self.mark = self.pending + Denoiser.spent - self.mark, Denoiser.spent
+
+    def _total(self, trainer: Trainer) -> int | None:
+        """Return the evaluations of all ranks up to this step; None where they were not counted from the start."""
+        mine = torch.tensor(self.spent, device=trainer.strategy.root_device)
+        total = int(trainer.strategy.reduce(mine, reduce_op="sum"))
+        return None if self.earlier is None else self.earlier + total
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the count."""
+        checkpoint["evaluations"] = self._total(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.earlier = checkpoint.get("evaluations")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What is evaluated from here on is not training."""
+        self._look()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a line of its own."""
+        self.mark = Denoiser.spent
         self._write(trainer, {"heldout_loss": trainer.callback_metrics["heldout_loss"].item()})
 
     def _write(self, trainer: Trainer, values: dict[str, float]) -> None:

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
-from data.files import replacing, write_json
+from data.files import file_digest, replacing, write_json
 from data.images import Images, read_all
 from data.noise import noise
 from data.progress import Meter
@@ -22,10 +22,11 @@ from models.codec import Codec, to_uint8
 from models.guidance import at
 from trainer import job
 from trainer.collect import asked
-from trainer.evaluate.classifier import Classifier, trained
-from trainer.evaluate.measures import first_orderness, frechet, recall
+from trainer.evaluate.classifier import trained
+from trainer.evaluate.extractor import Extractor, Filter, Look
+from trainer.evaluate.measures import frechet, nearest, recall, trajectories
 
-CHUNK, ROWS, TRAJECTORIES = 250, 4, 250  # samples drawn at once; rows of the sample grid; for first-orderness
+CHUNK, ROWS, TRAJECTORIES = 250, 4, 250  # samples drawn at once; rows of the sample grid; whose trajectories are measured
 
 
 class Drawing:
@@ -87,23 +88,59 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     return Image.fromarray(torch.cat(rows, dim=-2).permute(1, 2, 0).squeeze(-1).numpy())
 
 
-def measure(drawing: Drawing, classifier: Classifier, real: Tensor, steps: int, samples: int, meter: Meter) -> dict[str, Any]:
+def measure(drawing: Drawing, look: Look, real: Tensor, steps: int, samples: int, meter: Meter) -> dict[str, Any]:
     """Return distance, accuracy and recall of samples at a number of steps, drawn by all ranks in strided chunks."""
     chunks = [range(start, min(samples, start + CHUNK)) for start in range(0, samples, CHUNK)]
     found: list[tuple[int, Tensor, Tensor | None]] = []
     for chunk in job.share(drawing.state, chunks):
         images, raw = drawing.images(chunk, steps)
-        features, logits = classifier(images)
+        features, logits = look(images)
         found.append((chunk.start, features, None if raw is None else logits.argmax(1) == raw))
         meter.add(len(chunk) * steps)
     whole = sorted(gather_object(found), key=lambda part: part[0])
     fake, hits = torch.cat([part[1] for part in whole]), [part[2] for part in whole]
     result = {"fd": frechet(real, fake), "recall": recall(real, fake), "precision": recall(fake, real)}
+    result["nearest"] = nearest(real, fake)
     result["nfe"] = drawing.walk(steps).nfe(drawing.denoiser)
     return result if None in hits else {**result, "accuracy": torch.cat(hits).float().mean().item()}
 
 
-def floors(codec: Codec, classifier: Classifier, sets: list[Images], samples: int, seed: int) -> dict[str, float]:
+def rows(
+    drawing: Drawing,
+    walks: dict[Path, job.Deterministic],
+    teacher: Drawing | None,
+    look: Look,
+    real: Tensor,
+    steps: list[int],
+    samples: int,
+) -> dict[Path, dict[str, Any]]:
+    """Return, by place, what `measure` finds with each sampler: `steps`, a row for each; `teacher`, its row at the largest."""
+    state, passes = drawing.state, sum(steps) + (max(steps) if teacher else 0)
+    work = -(-samples // state.num_processes) * passes * len(walks)
+    found: dict[Path, dict[str, Any]] = {}
+    with Meter(f"evaluate {drawing.run.name}", work, "evaluations", shown=state.is_main_process) as meter:
+        for place, name in walks.items():
+            own = {str(n): measure(drawing.walking(name), look, real, n, samples, meter) for n in steps}
+            found[place] = {"steps": own}
+            if teacher:
+                row = measure(teacher.walking(name), look, real, max(steps), samples, meter)
+                whose = {"run": str(teacher.run), "denoiser": teacher.fingerprint, "steps": max(steps)}
+                found[place] = {"steps": drift(own, row), "teacher": {**whose, **row}}
+    return found
+
+
+def drift(found: dict[str, dict[str, Any]], own: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a student's rows with how much farther its samples lie from the nearest real ones than its teacher's do."""
+    return {steps: {**row, "drift": row["nearest"] - own["nearest"]} for steps, row in found.items()}
+
+
+def own_features(images: Path) -> dict[str, Any]:
+    """Return what tells of the features of a set's own classifier, as `Extractor.about` does."""
+    file = images / "classifier.safetensors"
+    return {"extractor": file.name, "sha256": file_digest(file), "size": None, "resize": "none"}
+
+
+def floors(codec: Codec, look: Look, sets: list[Images], samples: int, seed: int) -> dict[str, float]:
     """Return what cannot be beaten: real images through the autoencoder alone, and real against bootstrapped real."""
     real, through = [], []
     squares: list[Tensor] = []
@@ -112,8 +149,8 @@ def floors(codec: Codec, classifier: Classifier, sets: list[Images], samples: in
         for x, _ in read_all(images, len(images)):
             again = codec.decode(codec.encode(x)).clamp(-1, 1)
             squares.append((again - x).square().mean((1, 2, 3)))
-            real.append(classifier(x)[0])
-            through.append(classifier(again)[0])
+            real.append(look(x)[0])
+            through.append(look(again)[0])
     features, again = torch.cat(real), torch.cat(through)
     drawn = torch.randint(len(features), (samples,), generator=torch.Generator().manual_seed(seed))
     psnr = 10 * np.log10(4 / torch.cat(squares).mean().item()) if torch.cat(squares).any() else float("inf")
@@ -131,6 +168,11 @@ def evaluate(
     out: Path,
     steps: list[int] = [1, 2, 4, 8, 32],  # noqa: B006  (read only; jsonargparse shows it in --help)
     samples: int = 2000,
+    teacher: Path | None = None,
+    teacher_guidance: float = 1.0,
+    extractor: Path | None = None,
+    extractor_size: int | None = None,
+    resize: Filter = "bicubic",
     guidance: float = 1.0,
     seed: int = 2,
     sampler: job.Deterministic | list[job.Deterministic] = "DDIM",
@@ -139,7 +181,8 @@ def evaluate(
     """Measure a run's samples at several numbers of steps, and write OUT/evaluation.json with sample grids.
 
     Frechet distance to all real images, accuracy of the asked class, precision and recall, in the features of a small
-    classifier trained on IMAGES/train (kept beside them); first-orderness of the trajectories; the floor.
+    classifier trained on IMAGES/train (kept beside them); the mean distance to the nearest real image, and how much more that is
+    than the teacher's (drift); first-orderness, straightness and curvature of the trajectories; the floor.
 
     Args:
         run: run folder or checkpoint.
@@ -147,9 +190,15 @@ def evaluate(
         out: folder for the results.
         steps: of the sampler.
         samples: drawn at each number of steps.
+        teacher: run or checkpoint that the run learnt from, drawn from the same noises at the largest number of steps.
+        teacher_guidance: scale at which the teacher draws: the one that is baked into the student.
+        extractor: measure distances in the features of a network of your own instead: a transformers folder (CLIP, DINO, ViT), or
+            a TorchScript file, which is code that is run, so take it only from whom you trust; accuracy stays the classifier's.
+        extractor_size: height and width of what the extractor is shown; by default the folder's own, for a file the images'.
+        resize: filter that brings images to this size, antialiased.
         guidance: scale w of u + w (c - u); a student that reads scales is told it.
         seed: of the noises; keep it apart from those of collected pairs.
-        sampler: what walks from noise to data, or a list, of which each writes into OUT/SAMPLER; first-orderness is measured
+        sampler: what walks from noise to data, or a list, of which each writes into OUT/SAMPLER; trajectories are measured
             along DDIM's walk.
         edges: of a phased student's windows, falling from 1 to 0, if they are not equal: all are stepped on.
     """
@@ -157,33 +206,37 @@ def evaluate(
         raise ValueError(f"steps {steps} must all be at least 1, samples ({samples}) at least 100, and sampler ({sampler}) given")
     began, state = time.monotonic(), job.start()
     drawing = Drawing(run, guidance, seed, state, edges=edges)
+    taught = Drawing(teacher, teacher_guidance, seed, state, edges=edges) if teacher else None
+    eyes = Extractor(extractor, extractor_size, resize, state.device) if extractor else None
     walks = {out: sampler} if isinstance(sampler, str) else {out / name: name for name in sampler}
     for n in steps:
         drawing.walk(n)  # refused before anything is drawn
     sets = [Images(str(images / split)) for split in ("train", "heldout")]
     with state.main_process_first(), torch.inference_mode(False):
         classifier, score = trained(images, *sets)
-    real = torch.cat([classifier(x)[0] for part in sets for x, _ in read_all(part, len(part))])
+    look: Look = eyes.beside(classifier) if eyes else classifier
+    real = torch.cat([look(x)[0] for part in sets for x, _ in read_all(part, len(part))])
     eps, _, told = drawing.start(range(TRAJECTORIES))
     columns = len(sets[0].manifest["classes"])
-    share = -(-samples // state.num_processes)
-    work = share * sum(steps) * len(walks)
-    with Meter(f"evaluate {run.name}", work, "evaluations", shown=state.is_main_process) as meter:
-        results = {
-            place: {str(n): measure(drawing.walking(name), classifier, real, n, samples, meter) for n in steps}
-            for place, name in walks.items()
-        }
+    results = rows(drawing, walks, taught, look, real, steps, samples)
     if state.is_main_process:
         for place, n in product(walks, steps):
             with replacing(place / f"samples-{n}.png") as temporary:
                 grid(drawing.walking(walks[place]).images(range(ROWS * columns), n)[0], columns).save(temporary, "png")
         origin = {"format": 1, "run": str(run), "denoiser": drawing.fingerprint, "reference": sets[0].manifest["listing"]}
         shared = {
-            "first_orderness": first_orderness(drawing.denoiser, eps, told),
-            "floors": floors(drawing.codec.cpu(), classifier, sets, samples, seed),
+            "features": eyes.about() if eyes else own_features(images),
+            **trajectories(drawing.denoiser, eps, told),
+            "floors": floors(drawing.codec.cpu(), look, sets, samples, seed),
             "classifier_accuracy_heldout": score,
             "seconds": round(time.monotonic() - began, 1),
         }
+        told_of = {
+            "samples": samples,
+            "guidance": guidance,
+            "seed": seed,
+            **({"teacher_guidance": teacher_guidance} if taught else {}),
+        }
         for place, name in walks.items():
-            settings = {"samples": samples, "guidance": guidance, "seed": seed, "sampler": name, "edges": edges}
-            write_json(place / "evaluation.json", {**origin, "steps": results[place], **shared, "settings": settings})
+            settings = {**told_of, "sampler": name, "edges": edges}
+            write_json(place / "evaluation.json", {**origin, **results[place], **shared, "settings": settings})

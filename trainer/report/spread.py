@@ -32,7 +32,10 @@ def gather(runs: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{runs}: no MODEL/SEED/SAMPLER/evaluation.json below it; run `rectify evaluate` first")
     every = [one for samplers in found.values() for seeds in samplers.values() for one in seeds.values()]
     kept = ("samples", "guidance", "seed")
-    terms = [{"reference": one["reference"], **{key: one["settings"][key] for key in kept}} for one in every]
+    terms = [
+        {"reference": one["reference"], "features": one.get("features"), **{key: one["settings"][key] for key in kept}}
+        for one in every
+    ]
     if other := next((term for term in terms if term != terms[0]), None):
         raise ValueError(f"{runs}: evaluations of {terms[0]} and of {other} cannot be compared; make them again, all alike")
     models = {model: {s: spread(seeds, f"{runs / model}: {s}") for s, seeds in by.items()} for model, by in found.items()}

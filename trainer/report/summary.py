@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from data.files import read_json
-from data.form import COUNT, NUMBER, conform
+from data.form import COUNT, NAME, NUMBER, SHA256, conform
+from trainer.callbacks.metrics import read_log
 
 ROW = {"fd": float, "nfe": COUNT, "recall": float, "precision": float}
 EVALUATION = {
@@ -13,6 +14,11 @@ EVALUATION = {
     "first_orderness": float,
     "floors": {"autoencoder": float, "bootstrap": float},
     "classifier_accuracy_heldout": float,
+}
+MEASURED = {
+    "features": {"extractor": str, "sha256": SHA256, "size": (None, COUNT), "resize": str},
+    "reference": SHA256,
+    "settings": {"samples": COUNT, "seed": int},
 }
 EXPORT = {"max_abs_diff": float, "gaps": {NUMBER: {"native_grid": float}}}
 
@@ -42,14 +48,47 @@ def summarize(out: Path) -> dict[str, Any]:
     for name, evaluation in evaluations.items():
         summary[name] = evaluation["steps"]
     summary["first_orderness"] = {name: evaluation["first_orderness"] for name, evaluation in evaluations.items()}
+    summary["straightness"] = {name: e["straightness"] for name, e in evaluations.items() if "straightness" in e}
+    drifts = {name: {n: row["drift"] for n, row in e["steps"].items() if "drift" in row} for name, e in evaluations.items()}
+    summary["drift"] = {name: rows for name, rows in drifts.items() if rows}
+    conform(summary, {"straightness": {NAME: float}, "drift": {NAME: {NUMBER: float}}}, str(out / "evaluation"))
     path = out / "export" / "export.json"
     export = read(path, EXPORT) if path.exists() else {"max_abs_diff": None, "gaps": {}}
     summary["export_max_abs_diff"] = export["max_abs_diff"]
     summary["export_native_grid_diff"] = {steps: gap["native_grid"] for steps, gap in export["gaps"].items()}
+    summary["measured"] = {name: measured(e, name) for name, e in evaluations.items() if "features" in e}
+    summary["cost"] = cost(out)
     summary["seconds"] = {name: stage["seconds"] for name, stage in read_stages(out).items()}
     if {"teacher", "student"} <= evaluations.keys():
         summary["targets"] = targets(summary["teacher"], summary["student"])
     return summary
+
+
+def measured(evaluation: dict[str, Any], name: str) -> str:
+    """Return what an evaluation's figures were measured in: extractor, resize filter, reference set, seed."""
+    conform(evaluation, MEASURED, f"evaluation of {name}")
+    told, asked = evaluation["features"], evaluation["settings"]
+    shown = f"resize {told['resize']}" + (f" to {told['size']}" if told["size"] else "")
+    drawn = f"{asked['samples']} samples of seed {asked['seed']}"
+    return f"{told['extractor']} {told['sha256'][:12]}, {shown}, reference {evaluation['reference'][:12]}, {drawn}"
+
+
+def cost(out: Path) -> dict[str, Any]:
+    """Return the network evaluations, one sample each, that a pipeline's pair sets and runs took, each and in total.
+
+    A training sample's backward pass is not counted beside its forward passes; those of evaluation are not the method's cost.
+    """
+    stages: dict[str, int] = {}
+    for path in sorted(out.glob("*/manifest.json")):
+        if (manifest := read_json(path)).get("kind") == "pairs" and "evaluations" in manifest:
+            conform(manifest, {"evaluations": COUNT}, str(path))
+            stages[path.parent.name] = manifest["evaluations"]
+    for path in sorted(out.glob("*/metrics.jsonl")):
+        counts = [values["evaluations"] for _, values in read_log(path) if "evaluations" in values]
+        conform(counts, [COUNT], f"{path}: evaluations")
+        if counts:
+            stages[path.parent.name] = counts[-1]
+    return {"evaluations": stages, "total": sum(stages.values())}
 
 
 def models(summary: dict[str, Any]) -> list[tuple[str, list[tuple[int, dict[str, Any]]]]]:
@@ -86,9 +125,19 @@ def table(summary: dict[str, Any]) -> str:
         for steps, row in rows:
             cells = f"{row['fd']:>10.4f}{row.get('accuracy', float('nan')):>10.4f}{row['recall']:>9.4f}{row['precision']:>11.4f}"
             lines.append(f"{name:10}{steps:>6}{row['nfe']:>6}{cells}")
+    for told in dict.fromkeys((whole := summary.get("measured", {})).values()):
+        lines.append(f"measured in {told} ({', '.join(name for name in whole if whole[name] == told)})")
     floors = summary["floors"]
     lines.append(f"floor: autoencoder {floors['autoencoder']:.4f}, bootstrapped real {floors['bootstrap']:.4f}")
     lines.append("first-orderness: " + ", ".join(f"{k} {v:.4f}" for k, v in summary["first_orderness"].items()))
+    if straight := summary.get("straightness"):
+        lines.append("straightness: " + ", ".join(f"{k} {v:.4f}" for k, v in straight.items()))
+    if spent := summary.get("cost", {}).get("evaluations"):
+        told = ", ".join(f"{name} {count:,}" for name, count in spent.items())
+        lines.append(f"network evaluations: {told}; in all {summary['cost']['total']:,}")
+    for name, drifts in summary.get("drift", {}).items():
+        told = ", ".join(f"{drifts[n]:+.4f} at {n}" for n in sorted(drifts, key=int))
+        lines.append(f"drift of {name}, by steps: {told}")
     for name, target in summary.get("targets", {}).items():
         bound = f"at most {target['at_most']}" if "at_most" in target else f"at least {target['at_least']}"
         lines.append(f"{name}: {target['value']:.4f} ({bound}: {'met' if target['met'] else 'NOT met'})")
