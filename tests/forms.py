@@ -9,9 +9,14 @@ from models.prediction import Prediction
 from models.windows import Piecewise
 
 
+def public(base: type) -> list[type]:
+    """Return every subclass that a checkpoint can name."""
+    return [cls for cls in base.__subclasses__() if cls.__module__.startswith("models.")]
+
+
 def plain(base: type) -> list:
-    """Return an instance of every subclass whose arguments all have defaults."""
-    parameters = {cls: inspect.signature(cls).parameters.values() for cls in base.__subclasses__()}
+    """Return an instance of every public subclass whose arguments all have defaults."""
+    parameters = {cls: inspect.signature(cls).parameters.values() for cls in public(base)}
     return [cls() for cls, of in parameters.items() if all(p.default is not p.empty for p in of)]
 
 

@@ -22,12 +22,12 @@ from models.interpolant import (
 )
 from models.prediction import Angular, Data, Noise, Prediction, Score, Velocity
 from models.prediction import Karras as Preconditioned
-from tests.forms import INTERPOLANTS, PREDICTIONS, every_interpolant, every_prediction
+from tests.forms import INTERPOLANTS, PREDICTIONS, every_interpolant, every_prediction, public
 
 
 def test_every_form_is_tested():
-    assert {type(form) for form in INTERPOLANTS} == set(Interpolant.__subclasses__())
-    assert {type(form) for form in PREDICTIONS} == set(Prediction.__subclasses__())
+    assert {type(form) for form in INTERPOLANTS} == set(public(Interpolant))
+    assert {type(form) for form in PREDICTIONS} == set(public(Prediction))
 
 
 @every_interpolant
