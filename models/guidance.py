@@ -64,21 +64,29 @@ class Guided(nn.Module):
 
     def evaluations(self, t: Tensor) -> int:
         """Return the network evaluations of one call at t, shape (B,), per sample: the negative's counts as one too."""
-        return 2 if self.acts(t).any() else 1
+        known = self._everywhere
+        return 1 + int(self.acts(t).any()) if known is None else 1 + known
+
+    @property
+    def _everywhere(self) -> bool | None:
+        """Whether guidance acts at every t or at none, where scale and interval say so: a look at t makes a device wait."""
+        if isinstance(self.scale, Tensor) or (self.scale != 1 and (self.low, self.high) != (0, 1)):
+            return None
+        return self.scale != 1
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the guided (x_hat, eps_hat); they are linear in the output, so that any row gives the same."""
         jump = () if s is None else (s,)
         c = self.denoiser(x_t, t, cond, *jump)
-        acts = self.acts(t)
-        if not acts.any():
+        known, acts = self._everywhere, self.acts(t)
+        if not (acts.any() if known is None else known):
             return c
         u = self.denoiser(x_t, t, None, *jump) if self.negative is None else self.negative(x_t, t, cond, *jump)
         w = expand(self.scale, x_t) if isinstance(self.scale, Tensor) else self.scale
         x_hat, eps_hat = u[0] + w * (c[0] - u[0]), u[1] + w * (c[1] - u[1])
         if self.rescale:
             x_hat, eps_hat = self._rescaled(x_hat, eps_hat, c[0], t)
-        if acts.all():
+        if known or acts.all():
             return x_hat, eps_hat
         inside = expand(acts, x_hat)
         return x_hat.where(inside, c[0]), eps_hat.where(inside, c[1])
