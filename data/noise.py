@@ -10,6 +10,7 @@ GENERATOR = "numpy Philox4x64, key (seed, index), float64 ziggurat rounded to fl
 TRAINING = 2**64 - 1  # the key's second word for draws that are not a pair's noise, whose index stays below it
 ORDER = 2**64 - 2  # likewise, for permutations
 SCALES = 2**64 - 3  # likewise, for scales of guidance
+STEPS = 2**64 - 4  # likewise, for the noise that a sampler draws on its way
 
 
 def noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:
@@ -36,6 +37,11 @@ def scales(seed: int, indices: Sequence[int], low: float, high: float) -> Tensor
     """Return a scale of guidance for each global index, uniform in [low, high], float32, as `noise` its noise."""
     drawn = [generator(seed, i, stream=SCALES).random() for i in indices]
     return torch.tensor([low + (high - low) * u for u in drawn])
+
+
+def underway(seed: int, index: int, step: int, shape: Sequence[int]) -> Tensor:
+    """Return the standard normal noise that a sampler draws in a step (0, 1, ...) of the walk from `noise` of the same index."""
+    return torch.from_numpy(generator(seed, index, step, stream=STEPS).standard_normal(tuple(shape)).astype(np.float32))
 
 
 def permutation(n: int, seed: int, *counter: int) -> np.ndarray:

@@ -160,12 +160,15 @@ class Pairs(Set):
             refuses another.
         keep: share of the pairs, in (0, 1], that are trained on; those with the largest |sample - noise| are left out, as they
             bend most. 2511.23342 drops a tenth (FID 3.50 to 3.03).
+        convert: train a student of another interpolant or prediction than the teacher's on them: conversion, to rectified flow
+            from a diffusion teacher, say (2309.06380). Otherwise such a student is refused: keeping the teacher's own form is
+            what 2410.07303 advises.
     """
 
-    def __init__(self, path: str, guidance: float | list[float] = 1.0, keep: float = 0.9):
+    def __init__(self, path: str, guidance: float | list[float] = 1.0, keep: float = 0.9, convert: bool = False):
         if not 0 < keep <= 1:
             raise ValueError(f"Pairs: keep is {keep}, it must lie in (0, 1]; 1 keeps all pairs")
-        self.path, self.guidance, self.keep = path, guidance, keep
+        self.path, self.guidance, self.keep, self.convert = path, guidance, keep, convert
         self.pairs = PairSet(path)
         self.manifest = self.pairs.manifest
         self.agree("guidance", guidance)
@@ -176,10 +179,10 @@ class Pairs(Set):
     def __len__(self) -> int:
         return len(self.pairs) if self.kept is None else len(self.kept)
 
-    def agree(self, key: str, wanted: Any) -> None:
+    def agree(self, key: str, wanted: Any, remedy: str = "") -> None:
         """Refuse to go on when the set's provenance says otherwise than the configuration."""
         if (found := self.manifest.get(key)) != wanted:
-            raise ValueError(f"{self.path}: collected with {key} {found}, the configuration says {wanted}")
+            raise ValueError(f"{self.path}: collected with {key} {found}, the configuration says {wanted}{remedy}")
 
     def read(self, indices: np.ndarray) -> Batch:
         reader, pairs = self.pairs.reader, self.pairs

@@ -28,6 +28,7 @@ VERBS = {
     "picture": ("trainer.picture:picture", "draw how noise is carried to data, in the plane or on a line, for the eye"),
     "report": ("trainer.report:report", "write summary.json and a self-contained report.html of a pipeline's folder"),
     "table": ("trainer.report.spread:table", "tabulate evaluations of models that were trained with several seeds"),
+    "results": ("trainer.report.claims:results", "tabulate what a pipeline found of the field's claims, with costs"),
     "run": ("deploy.run:run", "run a pipeline of these, skipping what is finished"),
 }
 

@@ -7,17 +7,20 @@ A stage is a `name`, one verb with its options, and, if need be, `quick` options
     fit: {config: model.yaml, out: "{out}/{form}/{seed}", seed_everything: "{seed}"}
 
 is six stages, fit-flow-0 first, fit-vp-0 next: {seed} and {form} stand for the values, and a mapping's values bring options of
-their own. With `--quick true` every loop takes its first value alone.
+their own. With `--quick true` every loop takes its first value alone. A loop's stages must not need each other: with `--jobs 2`
+two of them run at once.
 """
 
 import ctypes
 import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -76,7 +79,7 @@ def fingerprint(words: list[str], before: str) -> str:
 
 
 def load(config: Path, quick: bool = False) -> dict[str, Any]:
-    """Read and check a pipeline, its loops unrolled."""
+    """Read and check a pipeline; its `loops` are the stages of each loop, its `stages` all of them."""
     with naming(config):
         pipeline = yaml.safe_load(config.read_text())
     conform(pipeline, {"out": PATH, "stages": [dict]}, f"{config}: a pipeline needs `out` and `stages`")
@@ -87,7 +90,8 @@ def load(config: Path, quick: bool = False) -> dict[str, Any]:
         conform(stage, {"name": NAME}, f"{config}: stage {shown(stage)}")
         conform(stage.get("quick"), (None, dict), f"{config}: stage {stage['name']}: quick")
         conform(stage.get("for") or {}, LOOPS, f"{config}: stage {stage['name']}: for")
-    pipeline["stages"] = [copy for stage in pipeline["stages"] for copy in unrolled(stage, quick)]
+    pipeline["loops"] = [unrolled(stage, quick) for stage in pipeline["stages"]]
+    pipeline["stages"] = [stage for loop in pipeline["loops"] for stage in loop]
     names = [stage["name"] for stage in pipeline["stages"]]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -95,18 +99,22 @@ def load(config: Path, quick: bool = False) -> dict[str, Any]:
     return pipeline
 
 
-def run(config: Path, out: Path | None = None, quick: bool = False) -> None:
+def run(config: Path, out: Path | None = None, quick: bool = False, jobs: int = 1) -> None:
     """Run a pipeline's stages one after another, skipping the finished ones; killed, the same command goes on.
 
     Args:
         config: the pipeline's YAML: `out`, and `stages`, each a name and one verb with its options.
         out: folder to use instead of the YAML's.
         quick: use each stage's `quick` options and each loop's first value: every stage, in little time, for a test.
+        jobs: stages of one loop that run at once, sharing the processor's cores; each then writes to OUT/stages/STAGE.log. The
+            results are the same.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs: {jobs}, it must be at least 1")
     pipeline = load(config, quick)
     out = out or Path(pipeline["out"])
     with alone(out):
-        walk(pipeline["stages"], out, quick)
+        walk(pipeline["loops"], out, quick, jobs)
     from trainer.report.summary import table
 
     if (out / "summary.json").exists():
@@ -131,26 +139,60 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def walk(stages: list[dict[str, Any]], out: Path, quick: bool) -> None:
-    """Run the stages that are not finished, in order."""
-    stamp = ""
-    for place, stage in enumerate(stages, 1):
-        words = command(stage, out, quick)
-        stamp = fingerprint(words, stamp)
-        record, title = (
-            out / "stages" / f"{place:02d}-{stage['name']}.json",
-            f"[{place}/{len(stages)}] {stage['name']}",
-        )
-        if record.exists():
+def walk(loops: list[list[dict[str, Any]]], out: Path, quick: bool, jobs: int) -> None:
+    """Run the stages that are not finished: loops in order, the stages of one up to `jobs` at once."""
+    stamp, place, total = "", 0, sum(map(len, loops))
+    width = max(2, len(str(total)))  # so that names sort as the stages do
+    for loop in loops:
+        due = []
+        for stage in loop:
+            place += 1
+            words = command(stage, out, quick)
+            stamp = fingerprint(words, stamp)
+            record, title = out / "stages" / f"{place:0{width}d}-{stage['name']}.json", f"[{place}/{total}] {stage['name']}"
+            if not record.exists():
+                due.append((words, stamp, record, title, jobs))
+                continue
             if read_json(record).get("fingerprint") != stamp:
                 raise ValueError(
                     f"{out}: stage {stage['name']} was finished with other settings; choose another --out or delete {out}"
                 )
             print(f"{title}: finished", file=sys.stderr, flush=True)
+        if jobs == 1 or len(due) < 2:
+            ended(perform(*one[:-1], jobs=1) for one in due)
             continue
-        print(f"{title}: rectify {' '.join(words)}", file=sys.stderr, flush=True)
-        began = time.monotonic()
-        code = subprocess.run([sys.executable, "-P", "-m", "deploy", *words], preexec_fn=die_with_parent).returncode
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                ended(pool.map(lambda one: perform(*one), due))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def ended(codes: Iterator[int]) -> None:
+    """Leave with the first stage that failed."""
+    for code in codes:
         if code:
             raise SystemExit(code if code > 0 else 128 - code)
-        write_json(record, {"fingerprint": stamp, "words": words, "seconds": round(time.monotonic() - began, 1)})
+
+
+def perform(words: list[str], stamp: str, record: Path, title: str, jobs: int) -> int:
+    """Run a stage and record it; return its exit code. One of several at once writes to a file, on its share of the cores."""
+    print(f"{title}: rectify {' '.join(words)}", file=sys.stderr, flush=True)
+    began, command = time.monotonic(), [sys.executable, "-P", "-m", "deploy", *words]
+    if jobs == 1:
+        code = subprocess.run(command, preexec_fn=die_with_parent).returncode
+    else:
+        told, threads = record.with_suffix(".log"), str(max(1, (os.cpu_count() or 1) // jobs))
+        told.parent.mkdir(exist_ok=True)
+        with told.open("w") as log:
+            environment = {"OMP_NUM_THREADS": threads, **os.environ}
+            code = subprocess.run(
+                command, preexec_fn=die_with_parent, stdout=log, stderr=subprocess.STDOUT, env=environment
+            ).returncode
+        if code:
+            print("".join(told.read_text(errors="replace").splitlines(True)[-5:]), end="", file=sys.stderr)
+    seconds = round(time.monotonic() - began, 1)
+    if code == 0:
+        write_json(record, {"fingerprint": stamp, "words": words, "seconds": seconds})
+        print(f"{title}: done, {seconds:.0f} s", file=sys.stderr, flush=True)
+    return code

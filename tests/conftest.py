@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from subprocess import PIPE
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,3 +87,14 @@ def workspace(tmp_path_factory) -> Workspace:
     place = Workspace(path)
     place.rectify("run", "configs/digits/pipeline.yaml", "--quick", "true")  # the second process waits, and finds all finished
     return place
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    """A pipeline's stages run in this process: what they import they need not import again for every stage."""
+    import deploy.run
+    from deploy.cli import main
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    in_process = SimpleNamespace(run=lambda words, **_: SimpleNamespace(returncode=main(words[4:])))
+    monkeypatch.setattr(deploy.run, "subprocess", in_process)

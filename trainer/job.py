@@ -11,6 +11,7 @@ from data.shards import ShardWriter
 from data.shards.claims import claimed
 
 Deterministic = Literal["DDIM", "DPMSolver2M", "EDMHeun", "Euler", "Heun", "Midpoint", "RungeKutta4"]  # of models.sampler
+Sampling = Deterministic | Literal["Ancestral", "EulerMaruyama", "Renoising"]  # those too that draw noise on their way
 THREADS = 2  # of one CPU rank: fixed, because sums over another number of threads can differ in their last bits
 
 

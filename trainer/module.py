@@ -164,8 +164,8 @@ class Generator(LightningModule):
         if classes and len(found.get("classes") or []) > classes:
             raise ValueError(f"data.source: has {len(found['classes'])} classes, model.condition.classes is {classes}")
         if isinstance(source, Pairs):
-            source.agree("interpolant", repr(self.denoiser.interpolant))
-            source.agree("prediction", repr(self.denoiser.prediction))
+            for part in () if source.convert else ("interpolant", "prediction"):
+                source.agree(part, repr(getattr(self.denoiser, part)), "; to convert them set data.source.convert")
             if self.teacher_hash:
                 source.agree("teacher", self.teacher_hash)
             self._note(source)

@@ -18,7 +18,7 @@ def sample(
     columns: int = 10,
     guidance: float = 1.0,
     seed: int = 3,
-    sampler: job.Deterministic = "DDIM",
+    sampler: job.Sampling = "DDIM",
     edges: list[float] | None = None,
 ) -> None:
     """Draw images, every class in turn, from a run's EMA weights into one PNG.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deploy.cli import VERBS, main
+from models import teacher
 from models.codec import KL
 
 STUDENT = ("fit", "--config", "configs/digits/student.yaml")
@@ -90,7 +91,14 @@ def test_pairs_of_another_teacher_are_refused(refused, tmp_path):
 def test_pairs_of_another_form_are_refused(refused, tmp_path):
     other = ("--model.initial", "null", "--model.denoiser.interpolant", "Trigonometric", "--out", tmp_path / "x")
     line = refused(*STUDENT, *other, "--trainer.max_steps", "2")
-    assert "collected with interpolant Linear(sigma_min=0.0), the configuration says Trigonometric()" in line
+    assert "collected with interpolant Linear(sigma_min=0.0), the configuration says Trigonometric(); to convert them set" in line
+
+
+def test_pairs_of_another_form_are_converted_when_told_to(workspace, tmp_path, monkeypatch):
+    monkeypatch.chdir(workspace.path)
+    words = ("--model.denoiser.interpolant", "Trigonometric", "--data.source.convert", "true", "--trainer.max_steps", "2")
+    assert not main([*STUDENT, *words, "--out", str(tmp_path / "x"), "--trainer.logger", "false"])
+    assert repr(teacher.load(tmp_path / "x")[0].interpolant) == "Trigonometric()"
 
 
 @pytest.mark.parametrize("damage", ["torn", "foreign", "pickle", "empty"])

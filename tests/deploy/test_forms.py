@@ -1,15 +1,20 @@
 """The comparison of forms: all of them train, and their evaluations make a table."""
 
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+import deploy.run
 from data.files import read_json, write_json
 from deploy.cli import main
 from deploy.run import command, load
 from models import teacher
 from tests.conftest import REPOSITORY
+from trainer import job
+from trainer.evaluate import Drawing
 from trainer.report.spread import BEGIN, END, markdown
 
 PIPELINE = REPOSITORY / "configs/forms/pipeline.yaml"
@@ -37,6 +42,15 @@ def test_every_form_trains_and_samples(workspace, tmp_path, monkeypatch, stage):
     assert not main(["sample", "--run", str(run), "--out", str(tmp_path / "x.png"), "--steps", "2", "--sampler", "Heun"])
 
 
+def test_the_quick_form_makes_a_table(workspace, tmp_path, monkeypatch, inside):
+    monkeypatch.chdir(workspace.path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/classifier.safetensors").hardlink_to(workspace.path / "runs/demo/images/classifier.safetensors")
+    deploy.run.run(PIPELINE, tmp_path, quick=True)
+    text = (tmp_path / "forms.md").read_text()
+    assert "**DPMSolver2M**, FD at NFE" in text and "| vp-noise | " in text
+
+
 def test_a_list_of_samplers_is_evaluated_as_one_alone(workspace, tmp_path, monkeypatch):
     """Each in a folder of its own; DDIM's figures are those that the quick pipeline's evaluation with DDIM alone gave."""
     monkeypatch.chdir(workspace.path)
@@ -47,6 +61,18 @@ def test_a_list_of_samplers_is_evaluated_as_one_alone(workspace, tmp_path, monke
     assert ddim["steps"] == {steps: alone["steps"][steps] for steps in ("1", "4")} and ddim["floors"] == alone["floors"]
     assert heun["steps"]["1"] == ddim["steps"]["1"] and heun["steps"]["4"]["nfe"] == 7 and heun["settings"]["sampler"] == "Heun"
     assert (tmp_path / "Heun" / "samples-4.png").is_file()
+
+
+def test_samplers_that_draw_noise_draw_that_of_each_image(workspace, monkeypatch):
+    """An image does not depend on which others are drawn beside it; one step draws nothing."""
+    monkeypatch.chdir(workspace.path)
+    with torch.inference_mode():
+        drawing = Drawing(Path("runs/demo/teacher"), 1.0, 2, job.start(), "Renoising")
+        whole, part, one = drawing.images(range(8), 3)[0], drawing.images(range(5, 8), 3)[0], drawing.images(range(8), 1)[0]
+        torch.testing.assert_close(whole[5:], part)
+        drawing.walking("DDIM")
+        torch.testing.assert_close(drawing.images(range(8), 1)[0], one)
+        assert (drawing.images(range(8), 3)[0] - whole).abs().flatten(1).max(1).values.min() > 0.01
 
 
 @pytest.fixture
@@ -61,7 +87,7 @@ def evaluations(workspace, tmp_path):
 
 def test_the_table_tells_the_median_and_the_ends(evaluations, tmp_path):
     out = tmp_path / "table.md"
-    out.write_text(f"by hand\n\n{BEGIN}\nold\n{END}\n\nmore by hand\n")
+    out.write_text(f"by hand\n\n{BEGIN.format('table')}\nold\n{END.format('table')}\n\nmore by hand\n")
     for _ in range(2):
         assert not main(["table", "--runs", str(evaluations), "--out", str(out)])
         text = out.read_text()
@@ -88,3 +114,12 @@ def test_what_cannot_be_compared_is_refused(evaluations, tmp_path, capfd):
     shutil.rmtree(evaluations / "model")
     assert main(words) == 2 and "no MODEL/SEED/SAMPLER/evaluation.json below it" in capfd.readouterr().err
     assert (tmp_path / "table.md").read_text() == "my own notes"
+
+
+def test_the_published_table_is_that_of_its_figures():
+    text = (REPOSITORY / "docs/forms.md").read_text()
+    found = read_json(REPOSITORY / "docs/forms.json")
+    assert markdown(found) in text and found["models"].keys() == {stage["name"][4:-2] for stage in FITS}
+    rows = [row for samplers in found["models"].values() for steps in samplers.values() for row in steps.values()]
+    assert all(row["fd"]["values"].keys() == set("012") for row in rows)
+    assert all(len(samplers) >= 3 for samplers in found["models"].values())

@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from deploy.run import command, load, unrolled
+from data.files import read_json
+from deploy.run import command, load, run, unrolled
 
 STAGE = {
     "name": "fit-{form}-{seed}",
@@ -34,6 +35,29 @@ def test_quick_takes_every_loops_first_value(tmp_path):
 def test_a_stage_without_loops_is_itself():
     stage = {"name": "pack", "pack": {"out": "{out}/x", "size": 3}}
     assert unrolled(stage) == unrolled(stage, quick=True) == [stage]
+
+
+def test_the_stages_of_a_loop_run_at_once(tmp_path, capfd):
+    """As many as `jobs` says, each with a log of its own, the loops one after another; a stage that fails ends the run."""
+    looped = {"name": "pack-{size}", "for": {"size": [8, 9]}, "pack": {"out": "{out}/{size}", "size": "{size}"}}
+    stages, config, out = [looped, {"name": "last", "pack": {"out": "{out}/8", "size": 8}}], tmp_path / "x.yaml", tmp_path / "out"
+    config.write_text(yaml.safe_dump({"out": "x", "stages": stages}))
+    for _ in range(2):
+        run(config, out, jobs=2)
+    said = capfd.readouterr().err
+    assert "pack-8: done" in said and "last: done" in said and "pack-9: finished" in said
+    began = [said.index(text) for text in ("pack-8: rectify", "pack-9: rectify", "pack-8: done", "last: rectify")]
+    assert began == sorted(began), "both of the loop begin before one is done"
+    records = [read_json(path) for path in sorted((out / "stages").glob("*.json"))]
+    assert [record["words"][-1] for record in records] == ["8", "9", "8"] and (out / "9/train/manifest.json").exists()
+    assert "images" in (out / "stages/01-pack-8.log").read_text()
+    looped["for"]["size"] = [8, "x"]
+    config.write_text(yaml.safe_dump({"out": "x", "stages": stages}))
+    with pytest.raises(SystemExit, match="2"):
+        run(config, tmp_path / "bad", jobs=2)
+    assert "size" in capfd.readouterr().err and not (tmp_path / "bad/stages/3-last.json").exists()
+    with pytest.raises(ValueError, match="jobs: 0"):
+        run(config, tmp_path / "none", jobs=0)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Denoisers, guidance, conditions, the network, and what a checkpoint may rebuild."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -13,9 +15,9 @@ from models.interpolant import Linear, VarianceExploding, VariancePreserving
 from models.nets import Net
 from models.nets.attention import Attention
 from models.nets.dit import DiT
-from models.nets.score import ScoreNet
-from models.prediction import Angular, Noise, Score, Velocity
-from tests.forms import every_interpolant, every_prediction, plain, public
+from models.nets.unit import UnitNet
+from models.prediction import Angular, Karras, Noise, Score, Velocity
+from tests.forms import PREDICTIONS, every_interpolant, every_prediction, plain, public
 
 
 class Told(nn.Module):
@@ -49,23 +51,34 @@ def test_the_clock_is_apart_from_t():
     assert isinstance(Denoiser(small(), Linear(), Velocity()).clock, Scaled) and small().clock.factor == 1000
 
 
-@pytest.mark.parametrize("interpolant", [VarianceExploding(), VariancePreserving()], ids=repr)
-def test_a_score_net_is_even_at_every_noise_level(interpolant):
-    """Its network sees unit variance and t, and says -eps_hat: scores of 1 / 50 and of 100 are one size to it."""
-    net, t, cond = small(), torch.rand(6) * 0.98 + 0.01, torch.tensor([0, 1, 2, 0, 1, 2])
-    denoiser, x = Denoiser(ScoreNet(net, interpolant), interpolant, Score()), torch.randn(6, 2, 4, 4)
+ROWS = [prediction for prediction in PREDICTIONS if not isinstance(prediction, Karras)]
+
+
+@every_interpolant
+def test_a_unit_net_is_one_denoiser_in_every_form(interpolant):
+    """At equal SNR it estimates the same data and noise, whatever the interpolant and the prediction."""
+    net, t, cond = small().double(), torch.rand(6, dtype=torch.float64) * 0.98 + 0.01, torch.tensor([0, 1, 2, 0, 1, 2])
     alpha, sigma = interpolant(t)
-    _, eps_hat = denoiser(x * torch.hypot(alpha, sigma).view(-1, 1, 1, 1), t, cond)
-    torch.testing.assert_close(eps_hat, -net(x, 1000 * t, cond), rtol=1e-4, atol=1e-5)
+    x_t, length = torch.randn(6, 2, 4, 4, dtype=torch.float64), torch.hypot(alpha, sigma)
+    u, phi = x_t / length.view(-1, 1, 1, 1), torch.atan2(sigma, alpha)
+    velocity = net(u, 1000 * phi / (math.pi / 2), cond)
+    cos, sin = (part(phi).view(-1, 1, 1, 1) for part in (torch.cos, torch.sin))
+    for prediction in ROWS:
+        denoiser = Denoiser(UnitNet(net, interpolant, prediction), interpolant, prediction)
+        x_hat, eps_hat = denoiser(x_t, t, cond)
+        torch.testing.assert_close(x_hat, cos * u - sin * velocity, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(eps_hat, sin * u + cos * velocity, rtol=1e-9, atol=1e-9)
     assert denoiser.shape == (2, 4, 4) and len(list(denoiser.net.blocks)) == 2 and denoiser.net.classes == 3
 
 
-def test_a_score_net_is_rebuilt_from_its_description():
-    denoiser = Denoiser(ScoreNet(small(), VarianceExploding()), VarianceExploding(), Score())
+def test_a_unit_net_is_rebuilt_from_its_description():
+    denoiser = Denoiser(UnitNet(small(), VarianceExploding(), Score()), VarianceExploding(), Score())
     again = teacher.build(teacher.describe(denoiser))
     again.load_state_dict(denoiser.state_dict())
     x_t, t = torch.randn(2, 2, 4, 4), torch.rand(2)
     assert all(torch.equal(a, b) for a, b in zip(again(x_t, t), denoiser(x_t, t)))
+    with pytest.raises(ValueError, match="UnitNet: the Karras prediction"):
+        UnitNet(small(), VarianceExploding(), Karras())
 
 
 def test_guidance_is_one_convention():
@@ -121,7 +134,7 @@ def test_description_rebuilds_the_denoiser(interpolant, prediction):
 
 
 def test_every_network_is_described_by_its_arguments():
-    nets = [*plain(Net), ScoreNet(small(), Linear())]
+    nets = [*plain(Net), UnitNet(small(), Linear(), Velocity())]
     assert {type(net) for net in nets} == set(public(Net))
     assert all(teacher.build(teacher.describe(net)).state_dict().keys() == net.state_dict().keys() for net in nets)
 

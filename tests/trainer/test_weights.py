@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
-from models.interpolant import Linear, VariancePreserving
-from models.prediction import Angular, Data, Noise, Velocity
+from models.denoiser import Denoiser
+from models.interpolant import Linear, VarianceExploding, VariancePreserving
+from models.nets.mlp import MLP
+from models.nets.unit import UnitNet
+from models.prediction import Angular, Data, Noise, Score, Velocity
 from tests.forms import PREDICTIONS, every_interpolant, every_prediction
 from tests.oracle import Mixture, single
 from trainer.errors import Error, PseudoHuber, Squared
@@ -163,3 +166,13 @@ def test_pseudo_huber_near_and_far():
 def test_impossible_weights_and_errors_are_refused(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.parametrize(("interpolant", "row"), [(VariancePreserving(), Noise()), (VarianceExploding(), Score())], ids=repr)
+def test_a_unit_nets_errors_count_alike_at_every_level(interpolant, row):
+    """With EDM's weight for data of variance one, its loss of noise or score is |F - du/dphi|^2."""
+    torch.manual_seed(0)
+    net, (x, eps), t = MLP(), torch.randn(2, 6, 2, 1, 1), torch.rand(6) * 0.9 + 0.05
+    denoiser, phi = Denoiser(UnitNet(net, interpolant, row), interpolant, row), torch.atan2(*reversed(interpolant(t)))
+    velocity = phi.cos().view(-1, 1, 1, 1) * eps - phi.sin().view(-1, 1, 1, 1) * x  # an MLP begins at F = 0
+    torch.testing.assert_close(Matching(weight=EDM(1.0)).at(denoiser, x, eps, t), velocity.square().mean(), rtol=1e-3, atol=0)

@@ -3,7 +3,7 @@
 import time
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.files import file_digest, replacing, write_json
 from data.images import Images, read_all
-from data.noise import noise
+from data.noise import noise, underway
 from data.progress import Meter
 from models import sampler as samplers
 from models import teacher as teachers
@@ -47,7 +47,7 @@ class Drawing:
         guidance: float,
         seed: int,
         state: PartialState,
-        sampler: job.Deterministic = "DDIM",
+        sampler: job.Sampling = "DDIM",
         edges: list[float] | None = None,
     ):
         denoiser, codec, self.condition = teachers.load(run)
@@ -56,7 +56,7 @@ class Drawing:
         self.run, self.seed, self.state, self.edges = run, seed, state, edges
         self.walking(sampler)
 
-    def walking(self, sampler: job.Deterministic) -> "Drawing":
+    def walking(self, sampler: job.Sampling) -> "Drawing":
         """Take another sampler; return this."""
         self.sampler = getattr(samplers, sampler)
         return self
@@ -75,8 +75,12 @@ class Drawing:
     def images(self, indices: range, steps: int) -> tuple[Tensor, Tensor | None]:
         """Return images in [-1, 1], on the CPU, and the classes asked."""
         eps, raw, told = self.start(indices)
+
+        def renewed(step: int) -> Tensor:
+            return torch.stack([underway(self.seed, i, step, self.shape) for i in indices])
+
         try:
-            x = self.walk(steps)(self.denoiser, eps, told)
+            x = self.walk(steps)(self.denoiser, eps, told, renewed)
         except ValueError as error:
             raise ValueError(f"{self.run}: {error}") from None
         return self.codec.decode(x).clamp(-1, 1).cpu(), raw
@@ -107,7 +111,7 @@ def measure(drawing: Drawing, look: Look, real: Tensor, steps: int, samples: int
 
 def rows(
     drawing: Drawing,
-    walks: dict[Path, job.Deterministic],
+    walks: dict[Path, job.Sampling],
     teacher: Drawing | None,
     look: Look,
     real: Tensor,
@@ -123,7 +127,8 @@ def rows(
             own = {str(n): measure(drawing.walking(name), look, real, n, samples, meter) for n in steps}
             found[place] = {"steps": own}
             if teacher:
-                row = measure(teacher.walking(name), look, real, max(steps), samples, meter)
+                own_walk = name if name in get_args(job.Deterministic) else "DDIM"
+                row = measure(teacher.walking(own_walk), look, real, max(steps), samples, meter)
                 whose = {"run": str(teacher.run), "denoiser": teacher.fingerprint, "steps": max(steps)}
                 found[place] = {"steps": drift(own, row), "teacher": {**whose, **row}}
     return found
@@ -175,7 +180,7 @@ def evaluate(
     resize: Filter = "bicubic",
     guidance: float = 1.0,
     seed: int = 2,
-    sampler: job.Deterministic | list[job.Deterministic] = "DDIM",
+    sampler: job.Sampling | list[job.Sampling] = "DDIM",
     edges: list[float] | None = None,
 ) -> None:
     """Measure a run's samples at several numbers of steps, and write OUT/evaluation.json with sample grids.
@@ -199,7 +204,7 @@ def evaluate(
         guidance: scale w of u + w (c - u); a student that reads scales is told it.
         seed: of the noises; keep it apart from those of collected pairs.
         sampler: what walks from noise to data, or a list, of which each writes into OUT/SAMPLER; trajectories are measured
-            along DDIM's walk.
+            along DDIM's walk, which the teacher takes too where this one draws noise on its way.
         edges: of a phased student's windows, falling from 1 to 0, if they are not equal: all are stepped on.
     """
     if not steps or min(steps) < 1 or samples < 100 or not sampler:

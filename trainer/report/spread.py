@@ -12,7 +12,7 @@ from data.files import atomic, write_json
 from data.form import COUNT
 from trainer.report.summary import EVALUATION, read
 
-BEGIN, END = "<!-- written by rectify table, from here -->", "<!-- to here -->"
+BEGIN, END = "<!-- {}, written by rectify, from here -->", "<!-- {}, to here -->"
 MEASURES = ("fd", "accuracy", "recall", "precision")
 FORM = {**EVALUATION, "reference": str, "settings": {"samples": COUNT, "guidance": float, "seed": COUNT, "sampler": str}}
 
@@ -30,16 +30,21 @@ def gather(runs: Path) -> dict[str, Any]:
         found.setdefault(model, {}).setdefault(sampler, {})[seed] = read(path, FORM)
     if not found:
         raise FileNotFoundError(f"{runs}: no MODEL/SEED/SAMPLER/evaluation.json below it; run `rectify evaluate` first")
-    every = [one for samplers in found.values() for seeds in samplers.values() for one in seeds.values()]
+    terms = alike([one for samplers in found.values() for seeds in samplers.values() for one in seeds.values()], str(runs))
+    models = {model: {s: spread(seeds, f"{runs / model}: {s}") for s, seeds in by.items()} for model, by in found.items()}
+    return {"format": 1, **terms, "models": models}
+
+
+def alike(evaluations: list[dict[str, Any]], where: str) -> dict[str, Any]:
+    """Return what evaluations that are to be compared were measured by, and their floors; refuse those that differ in it."""
     kept = ("samples", "guidance", "seed")
     terms = [
         {"reference": one["reference"], "features": one.get("features"), **{key: one["settings"][key] for key in kept}}
-        for one in every
+        for one in evaluations
     ]
     if other := next((term for term in terms if term != terms[0]), None):
-        raise ValueError(f"{runs}: evaluations of {terms[0]} and of {other} cannot be compared; make them again, all alike")
-    models = {model: {s: spread(seeds, f"{runs / model}: {s}") for s, seeds in by.items()} for model, by in found.items()}
-    return {"format": 1, **terms[0], "floors": every[0]["floors"], "models": models}
+        raise ValueError(f"{where}: evaluations of {terms[0]} and of {other} cannot be compared; make them again, all alike")
+    return {**terms[0], "floors": evaluations[0]["floors"]}
 
 
 def spread(seeds: dict[str, dict[str, Any]], where: str) -> dict[str, Any]:
@@ -51,17 +56,37 @@ def spread(seeds: dict[str, dict[str, Any]], where: str) -> dict[str, Any]:
     for steps in sorted(runs[0], key=int):
         rows[steps] = {"nfe": runs[0][steps]["nfe"]}
         for name in MEASURES:
-            values = [run[steps][name] for run in runs if name in run[steps]]
+            values = {seed: one["steps"][steps][name] for seed, one in seeds.items() if name in one["steps"][steps]}
             if values:
-                ends = {"median": statistics.median(values), "least": min(values), "largest": max(values)}
-                rows[steps][name] = {**ends, "values": dict(zip(seeds, values))}
+                rows[steps][name] = {**ends(values), "values": values}
     return rows
 
 
+def ends(values: dict[str, float]) -> dict[str, float]:
+    """Return the median, the least and the largest of a measure over the seeds."""
+    return {"median": statistics.median(values.values()), "least": min(values.values()), "largest": max(values.values())}
+
+
 def cell(value: dict[str, float]) -> str:
-    """Return a measure's median, least and largest."""
+    """Return a measure's median, and the least and largest if they differ from it."""
     median, least, largest = (f"{value[key]:.{2 if value[key] < 100 else 0}f}" for key in ("median", "least", "largest"))
-    return f"{median} ({least} to {largest})"
+    return f"{median} ({least} to {largest})" if value["least"] < value["largest"] else median
+
+
+def replaced(text: str, what: str, new: str, path: Path, heading: str = "") -> str:
+    """Return a text with what stands between the two marks of a part replaced; a heading and the part itself begin an empty one.
+
+    Raises:
+        ValueError: the text has not the marks.
+    """
+    begin, end = BEGIN.format(what), END.format(what)
+    if begin not in text and (not text or heading):
+        text = f"{text}{chr(10) * 2 if text else ''}{heading}{chr(10) * 2 if heading else ''}{begin}{end}{chr(10)}"
+    before, begun, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (begun and ended):
+        raise ValueError(f"{path}: has no lines `{begin}` and `{end}`: nothing of it is replaced; add them, or choose another")
+    return f"{before}{begin}\n\n{new}\n\n{end}{after}"
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -124,17 +149,11 @@ def table(runs: Path, out: Path) -> None:
         out: the Markdown file; OUT's .json and .png are written beside it.
     """
     found = gather(runs)
-    before, after = "", ""
-    if out.exists():
-        text = out.read_text()
-        before, begin, rest = text.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not (begin and end):
-            raise ValueError(f"{out}: has no lines `{BEGIN}` and `{END}`: nothing of it is replaced; add them, or choose another")
-    written = f"{BEGIN}\n\n![FD against network evaluations]({out.stem}.png)\n\n{markdown(found)}\n\n{END}"
+    table = f"![FD against network evaluations]({out.stem}.png)\n\n{markdown(found)}"
+    text = replaced(out.read_text() if out.exists() else "", "table", table, out)
     write_json(out.with_suffix(".json"), found)
     with atomic(out.with_suffix(".png")) as file:
         file.write(plot(found))
     with atomic(out) as file:
-        file.write(f"{before}{written}{after or chr(10)}".encode())
+        file.write(text.encode())
     print(markdown(found))

@@ -1,0 +1,252 @@
+"""The field's claims, tried: what a pipeline's evaluations say of each, and what every method cost until then."""
+
+import io
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+from matplotlib.figure import Figure
+
+from data.files import atomic, naming, read_json, write_json
+from data.form import COUNT, NAME, NUMBER, conform
+from trainer.callbacks.metrics import read_log
+from trainer.report.spread import alike, cell, ends, replaced
+from trainer.report.summary import EVALUATION, ROW, read, read_stages
+
+CLAIM = {"title": str, "methods": [NAME], "steps": [COUNT], "teacher": NAME}
+CLAIMS = {"claims": {NAME: CLAIM}}
+QUALITY = ("fd", "accuracy", "recall")
+SHAPE = ("first_orderness", "straightness")
+MEASURED = {**EVALUATION, "run": str, "straightness": float, "steps": {NUMBER: {**ROW, "accuracy": float}}}
+
+
+class Costs:
+    """What the stages of a pipeline cost, in network evaluations on one sample each.
+
+    Args:
+        run: folder of the pipeline.
+    """
+
+    def __init__(self, run: Path):
+        stages = [stage["words"] for stage in read_stages(run).values()]
+        made = {words[words.index("--out") + 1]: " ".join(words) for words in stages if "--out" in words}
+        self.run, self.base = run, os.path.commonpath(made) if len(made) > 1 else ""  # where it ran: it may have been moved
+        self.texts = {self.place(out): text for out, text in made.items()}
+        self.named = {place: re.compile(re.escape(os.path.join(self.base, place)) + r"(?![\w.-])") for place in self.texts}
+
+    def place(self, path: str) -> str:
+        """Return a path that a stage was given as one in the pipeline's folder."""
+        return os.path.relpath(path, self.base)
+
+    def before(self, place: str) -> set[str]:
+        """Return all that a stage's result was made from."""
+        found: set[str] = set()
+        new = {place}
+        while new:
+            text = " ".join(self.texts[one] for one in new)
+            new = {one for one, name in self.named.items() if name.search(text)} - found - {place}
+            found |= new
+        return found
+
+    def own(self, place: str, step: int | None = None) -> int:
+        """Return what a run or pair set cost by itself, a run until a step, or to its end."""
+        log, manifest = self.run / place / "metrics.jsonl", self.run / place / "manifest.json"
+        if log.exists():
+            lines = [values for _, values in read_log(log) if "evaluations" in values]
+            until = [values for values in lines if step is None or values["step"] <= step]
+            conform(until, [{"evaluations": COUNT}], f"{log}: evaluations")
+            return until[-1]["evaluations"] if until else 0
+        return int(read_json(manifest).get("evaluations", 0)) if manifest.exists() else 0
+
+    def whole(self, place: str, step: int | None = None) -> int:
+        """Return what a run cost with all that it was made from, but for teachers: runs that were made from data alone."""
+        costly = {one for one in self.before(place) if self.own(one)}
+        return self.own(place, step) + sum(self.own(one) for one in costly if any(self.own(two) for two in self.before(one)))
+
+
+def found(run: Path, costs: Costs, method: str) -> dict[int, dict[str, Any]]:
+    """Return a method's evaluations, by steps trained: on how many samples, what it cost, and by seed what was measured.
+
+    They lie in RUN/evaluation/METHOD/SEED/AT/evaluation.json, whatever AT is called.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    for path in sorted((run / "evaluation" / method).glob("*/*/evaluation.json")):
+        one = read(path, MEASURED)
+        place, _, checkpoint = costs.place(one["run"]).partition("/checkpoints/step=")
+        config, log = run / place / "config.yaml", run / place / "metrics.jsonl"
+        with naming(config):
+            batch = yaml.safe_load(config.read_text())["data"]["batch"]
+        step = int(checkpoint.removesuffix(".ckpt")) if checkpoint else max(values["step"] for _, values in read_log(log))
+        row = rows.setdefault(step, {"trained": step * batch, "evaluations": costs.whole(place, step), "seeds": {}})
+        row["seeds"][path.parts[-3]] = one
+    return rows
+
+
+def tell(claim: str, method: str, row: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Return a row of the results: a method, trained so far, sampled with a number of steps, its measures by seed."""
+    seeds = {seed: one for seed, one in row["seeds"].items() if str(steps) in one["steps"]}
+    quality = {key: {seed: one["steps"][str(steps)][key] for seed, one in seeds.items()} for key in QUALITY}
+    shape = {key: {seed: one[key] for seed, one in seeds.items()} for key in SHAPE}
+    about = {"claim": claim, "method": method, "steps": steps}
+    return {**about, "trained": row["trained"], "evaluations": row["evaluations"], **quality, **shape}
+
+
+def taught(row: dict[str, Any], method: str) -> dict[str, Any]:
+    """Return what a claim's teacher draws in its most steps, and what its training cost."""
+    most = max(next(iter(row["seeds"].values()))["steps"], key=int)
+    told = tell("", method, row, int(most))
+    return {"method": method, "steps": int(most), "evaluations": row["evaluations"], **{key: told[key] for key in QUALITY}}
+
+
+def gather(run: Path, claims: dict[str, Any]) -> dict[str, Any]:
+    """Return the results: `rows`, each a claim, a method, a number of steps and the measures by seed, and what was compared.
+
+    A claim whose teacher was not evaluated is left out, other methods that were not are named in `missing`.
+
+    Raises:
+        FileNotFoundError: no method was evaluated.
+        ValueError: evaluations that are to be compared differ in what was measured.
+    """
+    costs = Costs(run)
+    names = dict.fromkeys(name for claim in claims.values() for name in (claim["teacher"], *claim["methods"]))
+    methods = {name: rows for name in names if (rows := found(run, costs, name))}
+    every = [one for rows in methods.values() for row in rows.values() for one in row["seeds"].values()]
+    if not every:
+        raise FileNotFoundError(f"{run / 'evaluation'}: no METHOD/SEED/AT/evaluation.json of a claim's methods below it")
+    told, teachers = [], {}
+    for name, claim in claims.items():
+        if claim["teacher"] not in methods:
+            continue
+        of = methods[claim["teacher"]]
+        teachers[name] = taught(of[max(of)], claim["teacher"])
+        for method in (method for method in claim["methods"] if method in methods):
+            by = methods[method]
+            kept = sorted(by) if claim.get("trained") else [max(by)]
+            told += [tell(name, method, by[step], steps) for step in kept for steps in claim["steps"]]
+    missing = [name for name in names if name not in methods]
+    terms = alike(every, str(run / "evaluation"))
+    return {"format": 1, **terms, "teachers": teachers, "missing": missing, "rows": [row for row in told if row["fd"]]}
+
+
+def cheapest(rows: list[dict[str, Any]], limit: float) -> dict[str, Any] | None:
+    """Return the cheapest of rows whose median FD is at most a limit."""
+    reached = [row for row in rows if ends(row["fd"])["median"] <= limit]
+    return min(reached, key=lambda row: row["evaluations"]) if reached else None
+
+
+def passing(other: str, mine: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Return lines on how many samples each method needed to be as good as another is at its end, by number of steps."""
+    lines = []
+    for steps in dict.fromkeys(row["steps"] for row in mine[other]):
+        last = [row for row in mine[other] if row["steps"] == steps][-1]
+        goal = ends(last["fd"])["median"]
+        for method, rows in mine.items():
+            first = cheapest([row for row in rows if row["steps"] == steps], goal)
+            said = f"after {first['trained']:,} samples ({first['trained'] / last['trained']:.0%})" if first else "never"
+            lines.append(f"- {method} in {steps} step{'s' * (steps > 1)}: as good as {other} at its end (FD {goal:.2f}) {said}")
+    return lines
+
+
+def reaching(share: float, mine: dict[str, list[dict[str, Any]]], teacher: dict[str, Any]) -> list[str]:
+    """Return lines on what each method had spent when its one step came so near the teacher's most, the cheapest first."""
+    fd = ends(teacher["fd"])["median"]
+    first = {method: cheapest([row for row in rows if row["steps"] == 1], share * fd) for method, rows in mine.items()}
+    lines = [f"Spent when an FD of {share} x {fd:.2f} = {share * fd:.2f} was first seen in one step:", ""]
+    for method, row in sorted(first.items(), key=lambda item: item[1]["evaluations"] if item[1] else math.inf):
+        lines.append(f"- {method}: {cost(row, teacher) if row else 'never'}")
+    return lines
+
+
+def cost(row: dict[str, Any], teacher: dict[str, Any]) -> str:
+    """Return the evaluations spent on a row, and in units of the teacher's training."""
+    return f"{row['evaluations']:,} ({row['evaluations'] / teacher['evaluations']:.2f})"
+
+
+def markdown(name: str, claim: dict[str, Any], results: dict[str, Any]) -> str:
+    """Return a claim's table: a row for each method and length of training, a column for each number of steps."""
+    if name not in results["teachers"]:
+        return f"Not evaluated yet: {claim['teacher']}."
+    rows, teacher = [row for row in results["rows"] if row["claim"] == name], results["teachers"][name]
+    head = ["method", "samples", "evaluations", *(f"FD at {n}" for n in claim["steps"])]
+    head += [f"accuracy at {claim['steps'][0]}", "first-order", "straight"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for method, trained in dict.fromkeys((row["method"], row["trained"]) for row in rows):
+        own = {row["steps"]: row for row in rows if (row["method"], row["trained"]) == (method, trained)}
+        first = next(iter(own.values()))
+        fds = [cell(ends(own[n]["fd"])) if n in own else "" for n in claim["steps"]]
+        rest = [f"{ends(first['accuracy'])['median']:.3f}", *(f"{ends(first[key])['median']:.4f}" for key in SHAPE)]
+        lines.append(f"| {' | '.join([method, f'{trained:,}', cost(first, teacher), *fds, *rest])} |")
+    fd, accuracy = cell(ends(teacher["fd"])), ends(teacher["accuracy"])["median"]
+    lines += ["", f"{teacher['method']} in {teacher['steps']} steps: FD {fd}, accuracy {accuracy:.3f}.", ""]
+    mine = {method: [row for row in rows if row["method"] == method] for method in claim["methods"]}
+    if missing := [method for method in mine if not mine[method]]:
+        lines += [f"Not evaluated yet: {', '.join(missing)}.", ""]
+    if mine.get(claim.get("passes", "")):
+        lines += passing(claim["passes"], mine)
+    if "reach" in claim:
+        lines += reaching(claim["reach"], mine, teacher)
+    return "\n".join(lines).rstrip()
+
+
+def panel(axes: Any, rows: dict[str, list[dict[str, Any]]], followed: bool) -> None:
+    """Draw each method's FD: in its fewest steps against evaluations spent if training was followed, else against steps."""
+    for method, own in rows.items():
+        own = [row for row in own if not followed or row["steps"] == own[0]["steps"]]
+        where, spread = [row["evaluations" if followed else "steps"] for row in own], [ends(row["fd"]) for row in own]
+        line = axes.plot(where, [one["median"] for one in spread], "o-", markersize=3, label=method)[0]
+        bands = [one["least"] for one in spread], [one["largest"] for one in spread]
+        axes.fill_between(where, *bands, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xscale="log", yscale="log", ylabel="Frechet distance", xlabel="evaluations spent" if followed else "steps")
+
+
+def plot(claims: dict[str, Any], results: dict[str, Any]) -> bytes:
+    """Return the figures as PNG, a panel for each claim."""
+    matplotlib.use("agg")
+    height = (len(claims) + 1) // 2
+    figure = Figure(figsize=(13, 4.4 * height), layout="constrained")
+    panels = figure.subplots(height, 2, squeeze=False).flatten()
+    for axes, (name, claim) in zip(panels, claims.items()):
+        rows = [row for row in results["rows"] if row["claim"] == name]
+        by = {method: [row for row in rows if row["method"] == method] for method in claim["methods"]}
+        panel(axes, {method: own for method, own in by.items() if own}, claim.get("trained", False))
+        axes.set_title(f"{name}. {claim['title']}", fontsize=10)
+        if name in results["teachers"]:
+            teacher = results["teachers"][name]
+            axes.axhline(ends(teacher["fd"])["median"], linestyle=":", color="grey", label=f"teacher, {teacher['steps']} steps")
+            axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+def results(run: Path, claims: Path, out: Path) -> None:
+    """Tabulate what a pipeline found of each claim: parts of the Markdown file OUT, with JSON and a plot of its name beside it.
+
+    In a file that is there already, what stands between a claim's two marks is replaced, and the text around them stays.
+
+    Args:
+        run: folder of the pipeline, with RUN/evaluation/METHOD/SEED/AT for every run, or checkpoint, that was evaluated.
+        claims: YAML: each claim's title, methods, steps and teacher; `trained` tells of every checkpoint that was evaluated,
+            `passes` what the methods need to be as good as this one, `reach` to come within so many times the teacher's FD.
+        out: the Markdown file; OUT's .json and .png are written beside it.
+    """
+    with naming(claims):
+        told = yaml.safe_load(claims.read_text())
+    conform(told, CLAIMS, str(claims))
+    told = told["claims"]
+    gathered = gather(run, told)
+    text = out.read_text() if out.exists() else ""
+    for name, claim in told.items():
+        part = markdown(name, claim, gathered)
+        text = replaced(text, f"claim {name}", part, out, f"## {name}. {claim['title']}")
+        print(f"{name}. {claim['title']}\n\n{part}\n")
+    write_json(out.with_suffix(".json"), gathered)
+    with atomic(out.with_suffix(".png")) as file:
+        file.write(plot(told, gathered))
+    with atomic(out) as file:
+        file.write(text.encode())
