@@ -9,13 +9,16 @@ from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 
 from data.files import atomic_folder, read_json, sealed
+from deploy import pretrained
+from deploy.pretrained import flow_scheduler
 from models import teacher as teachers
 from models.clock import Tabulated
-from models.codec import KL
+from models.codec import KL, Codec
 from models.condition import ClassLabel, Condition
 from models.denoiser import Denoiser
 from models.interpolant import Linear
 from models.nets.dit import DiT
+from models.nets.pretrained import Pretrained
 from models.prediction import Velocity
 from models.sampler import DDIM
 
@@ -68,11 +71,6 @@ def renamed(net: DiT) -> dict[str, Tensor]:
     return out
 
 
-def scheduler() -> DPMSolverMultistepScheduler:
-    """Return the scheduler that walks Linear + Velocity by DDIM: its grid starts at sigma = .999."""
-    return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=1)
-
-
 def on_grid_of(scheduler: DPMSolverMultistepScheduler, denoiser: Denoiser, steps: int) -> tuple[DDIM, Denoiser]:
     """Return our sampler and denoiser on a scheduler's own sigmas, its integer timesteps being the network's clock."""
     scheduler.set_timesteps(steps)
@@ -93,7 +91,7 @@ def compare(folder: Path, denoiser: Denoiser, codec: KL, condition: Condition, s
     for steps in CHECKED:
         theirs = pipe(labels, guidance_scale=1.0, num_inference_steps=steps, output_type="pt", generator=torch.manual_seed(seed))
         eps = torch.randn(len(labels), *denoiser.shape, generator=torch.manual_seed(seed))
-        walk, timed = on_grid_of(scheduler(), denoiser, steps)
+        walk, timed = on_grid_of(flow_scheduler(), denoiser, steps)
         gaps = {}
         for name, x in (("same_grid", walk.walk(timed, eps, told)[-1]), ("native_grid", DDIM(steps)(denoiser, eps, told))):
             ours = (codec.decode(x) / 2 + 0.5).clamp(0, 1)
@@ -102,16 +100,19 @@ def compare(folder: Path, denoiser: Denoiser, codec: KL, condition: Condition, s
     return result
 
 
-def export(run: Path, out: Path, steps: int = 4) -> None:
-    """Write a run's EMA weights as a diffusers folder, after comparing its images with our own sampler's.
+def whole(folder: Path, denoiser: Denoiser, codec: KL, condition: Condition) -> dict[str, dict[str, float]]:
+    """Write a run of ours as a pipeline, and return how far its images lie from ours."""
+    plain = {key: value for key, value in codec.vae.config.items() if not key.startswith("_")}  # not where it was read from
+    vae = AutoencoderKL.from_config(plain)
+    vae.load_state_dict(codec.vae.state_dict())
+    assert isinstance(denoiser.net, DiT)
+    names = {i: str(i) for i in range(denoiser.net.classes)} or None
+    DiTPipeline(transformer(denoiser.net), vae, flow_scheduler(), names).save_pretrained(folder)
+    return compare(folder, denoiser, codec, condition)
 
-    Args:
-        run: run folder or checkpoint of a DiT with Linear and Velocity, in latents.
-        out: the folder to write (replaced as a whole).
-        steps: recommended number of steps, for the model card.
-    """
-    disable_progress_bar()
-    denoiser, codec, condition = teachers.load(run)
+
+def known(run: Path, denoiser: Denoiser, codec: Codec) -> None:
+    """Refuse what no pipeline of diffusers draws from."""
     linear = isinstance(denoiser.interpolant, Linear) and denoiser.interpolant.sigma_min == 0
     if not (linear and isinstance(denoiser.prediction, Velocity)):
         raise ValueError(
@@ -119,25 +120,39 @@ def export(run: Path, out: Path, steps: int = 4) -> None:
         )
     if not (isinstance(codec, KL) and isinstance(denoiser.net, DiT)):
         raise ValueError(f"{run}: export knows a DiT in the latents of an AutoencoderKL")
+
+
+def export(run: Path, out: Path, steps: int = 4) -> None:
+    """Write a run's EMA weights as a diffusers folder, after comparing its images with our own sampler's.
+
+    A student of a diffusers network becomes a pipeline of its teacher's kind; its adapters are merged, and stand alone in
+    OUT/lora as well, for peft.
+
+    Args:
+        run: run folder or checkpoint of a DiT with Linear and Velocity, in latents, or of a `Pretrained` network.
+        out: the folder to write (replaced as a whole).
+        steps: recommended number of steps, for the model card.
+    """
+    disable_progress_bar()
+    denoiser, codec, condition = teachers.load(run)
+    theirs = isinstance(denoiser.net, Pretrained)
+    if not theirs:
+        known(run, denoiser, codec)
     weights, before = teachers.fingerprint(denoiser), out / "export.json"
     if out.exists() and not before.exists() and (out.is_file() or any(out.iterdir())):
         raise ValueError(f"{out}: exists and is no export of ours; choose another --out")
     if before.exists() and (record := read_json(before)).get("denoiser") == weights and record.get("steps") == steps:
         log.info("%s is finished", out)
         return
-    plain = {key: value for key, value in codec.vae.config.items() if not key.startswith("_")}  # not where it was read from
-    vae = AutoencoderKL.from_config(plain)
-    vae.load_state_dict(codec.vae.state_dict())
-    names = {i: str(i) for i in range(denoiser.net.classes)} or None
     with atomic_folder(out) as folder:
-        DiTPipeline(transformer(denoiser.net), vae, scheduler(), names).save_pretrained(folder)
-        gaps = compare(folder, denoiser, codec, condition)
+        gaps = (pretrained.whole if theirs else whole)(folder, denoiser, codec, condition)  # type: ignore[arg-type]
         worst = max(gap["same_grid"] for gap in gaps.values())
         if not worst <= TOLERANCE:
             raise ValueError(
                 f"{run}: the exported folder's images differ from ours by {worst:.2g}, over {TOLERANCE}; not written"
             )
-        (folder / "README.md").write_text(card(run, steps, denoiser, worst, max(gap["native_grid"] for gap in gaps.values())))
+        tell = pretrained.card if theirs else card
+        (folder / "README.md").write_text(tell(run, steps, denoiser, worst, max(gap["native_grid"] for gap in gaps.values())))
         record = {"format": 1, "denoiser": weights, "max_abs_diff": worst, "gaps": gaps, "steps": steps}
         (folder / "export.json").write_bytes(sealed(record))
 

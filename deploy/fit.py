@@ -230,7 +230,8 @@ def fit(args: Sequence[str]) -> None:
     """Train what a configuration says, from its newest checkpoint on if there is one."""
     import_components()
     warnings.filterwarnings(
-        "ignore", r".*(LightningCLI's args parameter|does not have many workers|treespec|LeafSpec|across ranks is zero).*"
+        "ignore",
+        r".*(LightningCLI's args parameter|does not have many workers|treespec|LeafSpec|across ranks is zero|in eval mode).*",
     )
     for chatty in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

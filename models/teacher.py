@@ -126,10 +126,16 @@ def newest(run: str | Path) -> Path:
 def load(path: str | Path) -> tuple[Denoiser, Codec, Condition]:
     """Load (denoiser, codec, condition) from a run folder or a checkpoint, with the EMA weights where there are any.
 
+    A folder of a diffusers pipeline is a teacher too (see `models.pipeline`).
+
     Raises:
         FileNotFoundError: no such folder, or no checkpoint in it.
         ValueError: the file is torn, or no checkpoint of a generator.
     """
+    if (Path(path) / "model_index.json").is_file():
+        from models import pipeline  # diffusers is slow to import
+
+        return pipeline.load(Path(path))
     file = newest(path)
     checkpoint = read(file)
     spec = checkpoint["rectify"]

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from data.files import read_json
-from deploy.export import CHECKED, export, on_grid_of, scheduler
+from deploy.export import CHECKED, export, on_grid_of
+from deploy.pretrained import flow_scheduler
 from models import codec as codecs
 from models import teacher
 from models.condition import ClassLabel, Condition, Unconditional
@@ -70,7 +71,7 @@ def test_plain_diffusers_draws_the_same_images(codec, condition, tmp_path):
     for steps in CHECKED:
         for scale in (1.0, 3.0):
             eps = torch.randn(4, *denoiser.shape, generator=torch.manual_seed(5))
-            walk, timed = on_grid_of(scheduler(), denoiser, steps)
+            walk, timed = on_grid_of(flow_scheduler(), denoiser, steps)
             ours = (vae.decode(walk.walk(Guided(timed, scale), eps, labels)[-1]) / 2 + 0.5).clamp(0, 1)
             gap = (theirs[f"{steps} {scale}"] - ours).abs().max().item()
             assert gap <= 1e-4, f"{steps} steps, guidance {scale}: {gap}"

@@ -18,7 +18,7 @@ from deploy.cli import main
 from tests.conftest import REPOSITORY, Workspace
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-PIPELINES = [path for path in CONFIGS if "stages" in yaml.safe_load(path.read_text())]
+PIPELINES, RUNS = ([path for path in CONFIGS if part in yaml.safe_load(path.read_text())] for part in ("stages", "model"))
 
 
 def test_the_summary_has_its_seams(workspace):
@@ -101,7 +101,7 @@ def rectify(workspace, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in PIPELINES], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_config_trains_a_step(rectify, tmp_path, path):
     header = path.read_text().splitlines()
     command = next(line for line in header if line.startswith("#   rectify"))

@@ -1,0 +1,137 @@
+"""Export of students of diffusers' own networks: the pipeline that their teacher was, adapters merged, and the adapters alone."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from models.clock import Tabulated
+from models.codec import KL, Codec
+from models.condition import ClassLabel, Condition
+from models.denoiser import Denoiser
+from models.interpolant import Discrete, Linear
+from models.nets.pretrained import LORA, TARGETS, Pretrained
+from models.pipeline import ROWS
+from models.prediction import Velocity
+from models.sampler import DDIM
+
+CHECKED = (1, 2, 4, 8)  # step counts at which the folder is compared: whole parts of a chain of 1000
+
+
+def schedule(denoiser: Denoiser) -> DDIMScheduler:
+    """Return the scheduler that walks a chain of noising steps as our DDIM does: trailing, and to the data itself."""
+    chain = denoiser.interpolant
+    assert isinstance(chain, Discrete)
+    return DDIMScheduler(
+        num_train_timesteps=len(chain.betas),
+        trained_betas=chain.betas,
+        prediction_type=next(name for name, row in ROWS.items() if type(denoiser.prediction) is row),
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=chain.zero_terminal_snr,
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def flow_scheduler() -> DPMSolverMultistepScheduler:
+    """Return the scheduler that walks Linear + Velocity by DDIM: its grid starts at sigma = .999."""
+    return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=1)
+
+
+def pipeline(denoiser: Denoiser, codec: Codec) -> DDIMPipeline | DiTPipeline:
+    """Return the diffusers pipeline of a denoiser.
+
+    Raises:
+        ValueError: diffusers has none for its form, codec and classes.
+    """
+    net, codec_kind = denoiser.net, type(codec).__name__
+    assert isinstance(net, Pretrained)
+    chain = isinstance(denoiser.interpolant, Discrete) and type(denoiser.prediction) in ROWS.values()
+    if net.kind == "UNet2DModel" and chain and not net.classes and not isinstance(codec, KL):
+        return DDIMPipeline(net.merged(), schedule(denoiser))
+    flow = isinstance(denoiser.interpolant, Linear) and isinstance(denoiser.prediction, Velocity)
+    if net.kind == "DiTTransformer2DModel" and (chain or flow) and isinstance(codec, KL):
+        return DiTPipeline(net.merged(), codec.vae, schedule(denoiser) if chain else flow_scheduler())
+    raise ValueError(
+        f"diffusers has no pipeline for a {net.kind} of {net.classes} classes with {denoiser.interpolant!r}, "
+        f"{denoiser.prediction!r} and codec {codec_kind}"
+    )
+
+
+def ours(denoiser: Denoiser, scheduler: object, steps: int, eps: Tensor, told: Tensor | None) -> Tensor:
+    """Return what our DDIM draws on a scheduler's own times, from where it starts: eps, of variance one."""
+    scheduler.set_timesteps(steps)  # type: ignore[attr-defined]
+    readings = scheduler.timesteps.tolist()  # type: ignore[attr-defined]
+    if isinstance(denoiser.interpolant, Discrete):
+        n = len(denoiser.interpolant.betas)
+        return DDIM(steps, [*((reading + 1) / n for reading in readings), 0.0]).walk(denoiser, eps, told)[-1]
+    times = scheduler.sigmas.tolist()  # type: ignore[attr-defined]
+    timed = Denoiser(denoiser.net, denoiser.interpolant, denoiser.prediction, Tabulated(times[:-1], readings))
+    return DDIM(steps, times).walk(timed, eps, told)[-1]
+
+
+@torch.inference_mode()
+def compare(folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Return, by steps, how far a loaded pipeline's images lie from ours, on its grid and on our native uniform one.
+
+    In units of the largest number in our sample where that is over 1: a noise prediction's first step divides by alpha(1).
+    """
+    kind = DiTPipeline if isinstance(codec, KL) else DDIMPipeline
+    pipe = kind.from_pretrained(folder, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    labels = [i % condition.classes for i in range(4)] if isinstance(condition, ClassLabel) else None
+    told = condition(torch.tensor(labels)) if labels else None
+    found = {}
+    for steps in CHECKED:
+        asked = {"num_inference_steps": steps, "output_type": "np", "generator": torch.manual_seed(seed)}
+        theirs = pipe(labels, guidance_scale=1.0, **asked) if labels else pipe(4, **asked)
+        drawn = torch.from_numpy(theirs.images).permute(0, 3, 1, 2)
+        eps = torch.randn(4, *denoiser.shape, generator=torch.manual_seed(seed))
+        latents = {"same_grid": ours(denoiser, pipe.scheduler, steps, eps, told), "native_grid": DDIM(steps)(denoiser, eps, told)}
+        images = {name: (codec.decode(x) / 2 + 0.5).clamp(0, 1) for name, x in latents.items()}
+        size = max(1.0, latents["same_grid"].abs().max().item())
+        found[str(steps)] = {name: (drawn - image).abs().max().item() / size for name, image in images.items()}
+    return found
+
+
+def whole(folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition) -> dict[str, dict[str, float]]:
+    """Write a run as the pipeline that its teacher was, and return how far its images lie from ours."""
+    pipeline(denoiser, codec).save_pretrained(folder)
+    assert isinstance(denoiser.net, Pretrained)
+    if denoiser.net.lora:
+        adapters(denoiser.net, folder / "lora")
+    return compare(folder, denoiser, codec, condition)
+
+
+def adapters(net: Pretrained, folder: Path) -> None:
+    """Write a network's adapters as peft's folder: for the same teacher, or a fine-tune of it."""
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    LoraConfig(r=net.lora, lora_alpha=net.lora, target_modules=TARGETS).save_pretrained(folder)
+    own = {key: value.contiguous() for key, value in net.model.state_dict().items() if LORA in key}
+    named = {f"base_model.model.{key}".replace(".default.", "."): value for key, value in own.items()}
+    save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def card(run: Path, steps: int, denoiser: Denoiser, worst: float, native: float) -> str:
+    """Return the model card."""
+    net = denoiser.net
+    assert isinstance(net, Pretrained)
+    how = f"by adapters of rank {net.lora}, merged here and alone in lora/ (peft)" if net.lora else "whole"
+    return f"""---
+library_name: diffusers
+---
+# {run.name}
+
+A {net.kind} trained {how} by `rectify`, EMA weights, with {denoiser.interpolant!r} and {denoiser.prediction!r}.
+Recommended: num_inference_steps={steps}, without guidance.
+
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained("{run.name}")
+
+Its images equal those of rectify's DDIM on the same grid to {worst:.1g} (on rectify's own uniform grid they differ by up to
+{native:.1g}).
+"""

@@ -1,0 +1,106 @@
+"""Networks of diffusers: any UNet2DModel or DiTTransformer2DModel, trained whole or by low-rank adapters."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.clock import Scaled
+from models.nets import Net
+
+KINDS = ("UNet2DModel", "DiTTransformer2DModel")
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # attention's layers, in both kinds
+BASE, LORA = ".base_layer.", ".lora_"  # in the names that peft gives to a layer's own weights and to its adapter's
+
+
+class Pretrained(Net):
+    """A backbone of diffusers, told its own classes.
+
+    Args:
+        config: its folder (config.json and safetensors weights, as in a pipeline's folder), or the text of that config.json: the
+            network without its weights, as a checkpoint rebuilds it.
+        lora: rank of adapters on the attention's layers (LoRA, 2106.09685), which alone are trained; 0 trains all.
+    """
+
+    def __init__(self, config: str, lora: int = 0):
+        super().__init__()
+        folder = None if config.lstrip().startswith("{") else Path(config)
+        try:
+            told = json.loads((folder / "config.json").read_bytes() if folder else config)
+        except OSError as error:
+            raise FileNotFoundError(f"{folder}: no config.json there ({error.strerror}); give a network's folder") from None
+        except ValueError as error:
+            raise ValueError(f"{folder or 'Pretrained'}: its config is not valid JSON ({error})") from None
+        kind = told.get("_class_name") if isinstance(told, dict) else None
+        if kind not in KINDS:
+            raise ValueError(f"{folder or 'Pretrained'}: is a {kind}, Pretrained knows {' and '.join(KINDS)}")
+        plain = {key: value for key, value in told.items() if key == "_class_name" or not key.startswith("_")}
+        self.config, self.lora, self.kind, self.clock = json.dumps(plain, sort_keys=True), lora, kind, Scaled(1000.0)
+        self.model = self._made(kind, folder, plain)
+        size = plain["sample_size"]
+        self.size, self.channels = size if isinstance(size, int) else size[0], plain["in_channels"]
+        self.classes = plain.get("num_class_embeds" if kind == "UNet2DModel" else "num_embeds_ada_norm") or 0
+        if lora:
+            self._adapt()
+
+    def train(self, mode: bool = True) -> "Pretrained":
+        """Leave diffusers' own dropout off: it hides labels by the global generator's numbers; `ClassLabel` draws its own."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    @staticmethod
+    def _made(kind: str, folder: Path | None, config: dict[str, Any]) -> nn.Module:
+        import diffusers
+
+        cls = getattr(diffusers, kind)
+        try:
+            return cls.from_pretrained(folder, use_safetensors=True) if folder else cls.from_config(config)
+        except Exception as error:  # diffusers, safetensors and torch each raise kinds of their own
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{folder or kind}: not a readable {kind} ({why})") from error
+
+    def _adapt(self) -> None:
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise ValueError("Pretrained: lora needs peft; pip install 'rectify[lora]'") from None
+        inject_adapter_in_model(LoraConfig(r=self.lora, lora_alpha=self.lora, target_modules=TARGETS), self.model)
+        self.register_load_state_dict_pre_hook(_named_as_adapted)
+
+    def forward(self, x_t: Tensor, clock: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Return the network's output; of a DiT that says its variance too, the mean.
+
+        Raises:
+            ValueError: a UNet with classes is told none: it has no label for that.
+        """
+        if self.kind == "UNet2DModel":
+            if self.classes and cond is None:
+                raise ValueError("Pretrained: this UNet2DModel must be told a class; it has none that means 'not told'")
+            return self.model(x_t, clock, class_labels=cond if self.classes else None).sample
+        label = torch.full_like(clock, self.classes, dtype=torch.long) if cond is None else cond
+        return self.model(x_t, clock, class_labels=label).sample[:, : self.channels]
+
+    def merged(self) -> nn.Module:
+        """Return the plain diffusers network of the same function: adapters merged into the layers that they adapt."""
+        plain = self._made(self.kind, None, json.loads(self.config))
+        weights = dict(self.model.state_dict())
+        for name, module in self.model.named_modules() if self.lora else ():
+            if hasattr(module, "get_delta_weight"):
+                weights[f"{name}{BASE}weight"] = module.base_layer.weight + module.get_delta_weight("default")
+        plain.load_state_dict({key.replace(BASE, "."): value for key, value in weights.items() if LORA not in key})
+        return plain.eval()
+
+
+def _named_as_adapted(net: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Give the weights of a network without adapters, a teacher's, the names that they have beside adapters still at zero."""
+    own = {prefix + key: value for key, value in net.state_dict().items()}
+    if any(LORA in key for key in state if key.startswith(prefix)):
+        return
+    for key, value in own.items():
+        if LORA in key:
+            state[key] = value
+        elif BASE in key and (plain := key.replace(BASE, ".")) in state:
+            state[key] = state.pop(plain)
