@@ -15,10 +15,12 @@ from models import teacher
 from models.denoiser import Denoiser
 from models.guidance import Guided
 from models.interpolant import Linear
+from models.nets.dit import DiT
 from models.prediction import Velocity
 from models.retimed import Retimed
 from trainer.collect import collect
-from trainer.objectives import Matching, Objective
+from trainer.objectives import Consistency, Matching, MeanFlow, Objective, Phased
+from trainer.objectives.frozen import Frozen
 from trainer.report.summary import cost
 
 DETERMINISTIC = ["DDIM", "DPMSolver2M", "EDMHeun", "Euler", "Heun", "Midpoint", "RungeKutta4"]
@@ -65,6 +67,26 @@ def test_a_derivative_forward_is_one_pass(spent):
     denoiser, x, t = Denoiser(Half(), Linear(), Velocity()), torch.randn(2, 3, 1, 2, 2), torch.full((3,), 0.5)
     torch.func.jvp(lambda x_t: denoiser(x_t, t)[0], (x[0],), (x[1],))
     assert spent() == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "jumps", "needed"),
+    [
+        (lambda run: Matching(), False, 1),
+        (lambda run: Phased(Frozen(run), windows=4, steps=8), False, 1 + 8),  # 2405.07510: the window's solve, and the student
+        (lambda run: Consistency(Frozen(run)), False, 3),  # 2303.01469, algorithm 2: student, teacher's step, target
+        (lambda run: Consistency(), False, 2),  # algorithm 3: student and target
+        (lambda run: MeanFlow(), True, 1),  # 2505.13447, algorithm 1: one pass with its derivative
+    ],
+    ids=["matching", "phased", "distillation", "training", "meanflow"],
+)
+def test_a_step_costs_what_the_methods_paper_needs(train, spent, make, jumps, needed):
+    run, _ = train(steps=1)
+    objective = make(run)
+    net = DiT(size=8, channels=1, patch=4, width=16, depth=1, heads=2, jumps=jumps)
+    x, eps, before = *torch.randn(2, 64, 1, 8, 8), spent()
+    objective(Denoiser(net, Linear(), Velocity()), x, eps).backward()
+    assert spent() - before <= 1.1 * 64 * needed
 
 
 @pytest.fixture(scope="module")
