@@ -31,7 +31,8 @@ def chronicle(request):
 
 
 def pytest_collection_modifyitems(items):
-    """Skip GPU tests, with the reason, where there is none."""
+    """Put first what runs for long, so that no worker ends alone with it; skip GPU tests, saying why, where there is none."""
+    items.sort(key=lambda item: item.path.parent.name not in ("distributed", "deploy", "fuzz"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
