@@ -107,13 +107,13 @@ def test_costs_are_those_of_all_that_a_run_was_made_from_but_the_teachers(pipeli
 
 
 def test_results_are_medians_over_seeds_with_what_they_cost(pipeline):
-    told = {"x": claim(passes="second", reach=1.6)}
+    told = {"x": claim(passes=["second"], reach=1.6)}
     found = gather(pipeline, told)
     row = next(row for row in found["rows"] if (row["method"], row["steps"], row["trained"]) == ("student", 1, 1000))
     assert row["fd"] == {"0": 2.0, "1": 3.0, "2": 4.0} and row["evaluations"] == 800 and row["claim"] == "x"
     assert len(found["rows"]) == 5, "four steps were not measured at the middle"
     text = markdown("x", told["x"], found)
-    assert "| student | 1,000 | 800 (0.80) | 3.00 (2.00 to 4.00) | 1.00 | 0.900 | 0.1000 | 0.2000 |" in text
+    assert "| student | 1,000 | 800 (0.80) | 3.00 (2.00 to 4.00) | 1.00 | 0.900 | 0.1 | 0.2 |" in text
     assert "| student | 500 | 550 (0.55) | 4.00 |  | 0.900 |" in text and "FD 2.00, accuracy 0.900" in text
     assert "- student in 1 step: as good as second at its end (FD 2.20) never" in text
     assert "- student in 4 steps: as good as second at its end (FD 2.00) after 1,000 samples (100%)" in text

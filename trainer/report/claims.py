@@ -178,15 +178,15 @@ def markdown(name: str, claim: dict[str, Any], results: dict[str, Any]) -> str:
         own = {row["steps"]: row for row in rows if (row["method"], row["trained"]) == (method, trained)}
         first = next(iter(own.values()))
         fds = [cell(ends(own[n]["fd"])) if n in own else "" for n in claim["steps"]]
-        rest = [f"{ends(first['accuracy'])['median']:.3f}", *(f"{ends(first[key])['median']:.4f}" for key in SHAPE)]
+        rest = [f"{ends(first['accuracy'])['median']:.3f}", *(f"{ends(first[key])['median']:.3g}" for key in SHAPE)]
         lines.append(f"| {' | '.join([method, f'{trained:,}', cost(first, teacher), *fds, *rest])} |")
     fd, accuracy = cell(ends(teacher["fd"])), ends(teacher["accuracy"])["median"]
     lines += ["", f"{teacher['method']} in {teacher['steps']} steps: FD {fd}, accuracy {accuracy:.3f}.", ""]
     mine = {method: [row for row in rows if row["method"] == method] for method in claim["methods"]}
     if missing := [method for method in mine if not mine[method]]:
         lines += [f"Not evaluated yet: {', '.join(missing)}.", ""]
-    if mine.get(claim.get("passes", "")):
-        lines += passing(claim["passes"], mine)
+    for other in claim.get("passes", []):
+        lines += passing(other, mine)
     if "reach" in claim:
         lines += reaching(claim["reach"], mine, teacher)
     return "\n".join(lines).rstrip()
@@ -232,7 +232,7 @@ def results(run: Path, claims: Path, out: Path) -> None:
     Args:
         run: folder of the pipeline, with RUN/evaluation/METHOD/SEED/AT for every run, or checkpoint, that was evaluated.
         claims: YAML: each claim's title, methods, steps and teacher; `trained` tells of every checkpoint that was evaluated,
-            `passes` what the methods need to be as good as this one, `reach` to come within so many times the teacher's FD.
+            `passes` what the methods need to be as good as each of these, `reach` to come within so many times the teacher's FD.
         out: the Markdown file; OUT's .json and .png are written beside it.
     """
     with naming(claims):

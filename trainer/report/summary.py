@@ -60,7 +60,7 @@ def summarize(out: Path) -> dict[str, Any]:
     summary["cost"] = cost(out)
     summary["seconds"] = {name: stage["seconds"] for name, stage in read_stages(out).items()}
     if {"teacher", "student"} <= evaluations.keys():
-        summary["targets"] = targets(summary["teacher"], summary["student"])
+        summary["targets"] = targets(summary["teacher"], summary["student"], summary["cost"])
     return summary
 
 
@@ -97,9 +97,9 @@ def models(summary: dict[str, Any]) -> list[tuple[str, list[tuple[int, dict[str,
     return [(name, sorted((int(steps), row) for steps, row in summary[name].items())) for name in names]
 
 
-def targets(teacher: dict[str, Any], student: dict[str, Any]) -> dict[str, Any]:
-    """Return what rectification is to show: one step of the student against the teacher's fewest and most."""
-    few, many, one = teacher.get("1"), teacher[max(teacher, key=int)], student.get("1")
+def targets(teacher: dict[str, Any], student: dict[str, Any], spent: dict[str, Any]) -> dict[str, Any]:
+    """Return what rectification is to show: few steps of the student against the teacher's fewest and most, and its cost."""
+    few, many, one, four = teacher.get("1"), teacher[max(teacher, key=int)], student.get("1"), student.get("4")
     if not (few and one) or few == many:
         return {}
     found: dict[str, Any] = {}
@@ -110,11 +110,15 @@ def targets(teacher: dict[str, Any], student: dict[str, Any]) -> dict[str, Any]:
 
     if few["fd"] > many["fd"] > 0:
         bound("gap_left", (one["fd"] - many["fd"]) / (few["fd"] - many["fd"]), most=0.05)
-        bound("fd_ratio", one["fd"] / many["fd"], most=2.0)
+        bound("fd_ratio", one["fd"] / many["fd"], most=1.2)
+        if four:
+            bound("fd_ratio_4", four["fd"] / many["fd"], most=1.1)
     if "accuracy" in one:
-        bound("accuracy_gain", one["accuracy"] - many["accuracy"], least=-0.01)
+        bound("accuracy_gain", one["accuracy"] - many["accuracy"], least=-0.005)
     if many["recall"] > 0:
         bound("recall_ratio", one["recall"] / many["recall"], least=0.9)
+    if training := spent["evaluations"].get("teacher"):
+        bound("cost_ratio", spent["total"] / training - 1, most=2.0)
     return found
 
 
