@@ -30,6 +30,7 @@ class Draws:
         "again",
         "scale",
         "probe",
+        "data",
     )  # append only: the place is part of the key
 
     def __init__(self, batch: Batch):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import softplus
 
 from data.batch import Batch
 from models.denoiser import Denoiser
@@ -10,7 +11,7 @@ from models.interpolant import Linear, expand
 from models.nets.dit import DiT
 from models.prediction import Velocity
 from tests.forms import every_interpolant
-from trainer.draws import Draws
+from trainer.draws import Draws, normal
 from trainer.module import Generator
 from trainer.objectives import DistributionMatching
 from trainer.objectives.distribution import EDGE
@@ -146,6 +147,58 @@ def test_a_student_converges_to_the_teachers_law():
     assert student.mean.item() == pytest.approx(0.5, abs=0.05) and abs(student.std.item()) == pytest.approx(0.7, abs=0.05)
 
 
+class Critic(nn.Module):
+    """Says a x_t + b: the form of the logit of two Gaussians of one spread."""
+
+    def __init__(self):
+        super().__init__()
+        self.slope, self.offset = (nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (0.7, -0.2))
+        self.clock = lambda t: t
+
+    def forward(self, x_t, clock, cond=None):
+        return self.slope * x_t + self.offset
+
+
+def adversarial(share):
+    """Return the gradients of (student, critic) where fake and teacher agree, so that they push nothing; and what they saw."""
+    student, critic = Affine(Linear(), 0.1, 0.9), Critic()
+    objective = DistributionMatching(Teacher(Gaussian(Linear(), 0.5, 0.7)), times=At(0.4), critic=critic, adversarial=share)
+    draws = Draws(Batch(data := torch.full((64, 1, 1, 1), 0.5, dtype=torch.float64), True, seed=1, step=0, size=64))
+    eps = draws.noise(data).double()
+    objective(student, data, eps, None, draws).backward()
+    seen = [normal(draws, purpose, data).double() for purpose in ("again", "data")]
+    return student, critic, eps, data, seen
+
+
+def test_the_critic_learns_real_from_drawn_and_the_student_what_pleases_it():
+    """Both gradients are those of the two losses, written down; how much the student's counts is nothing to the critic."""
+    student, critic, eps, data, (again, other) = adversarial(0.3)
+    mean, std, plain = student.mean.detach().requires_grad_(), student.std.detach().requires_grad_(), Critic()
+    x_t, data_t, length = 0.6 * (mean + std * eps) + 0.4 * again, 0.6 * data + 0.4 * other, (0.6**2 + 0.4**2) ** 0.5
+    real, drawn = plain(data_t / length, None), plain(x_t / length, None)
+    (softplus(-real) + softplus(drawn)).mean().backward(inputs=list(plain.parameters()), retain_graph=True)
+    (0.3 * softplus(-drawn)).mean().backward(inputs=[mean, std])
+    for found, wanted in zip((student.mean, student.std, *critic.parameters()), (mean, std, *plain.parameters())):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-5, atol=1e-7)
+    silent, same, *_ = adversarial(0.0)
+    assert silent.mean.grad.abs() < 1e-9 and all(
+        torch.equal(a.grad, b.grad) for a, b in zip(critic.parameters(), same.parameters())
+    )
+
+
+def test_the_critic_is_kept_and_trained_with_the_fake():
+    def net():
+        return DiT(size=4, channels=2, patch=2, width=16, depth=1, heads=2)
+
+    teacher = Teacher(Denoiser(net(), Linear(), Velocity()))
+    module = Generator(Denoiser(net(), Linear(), Velocity()), DistributionMatching(teacher, critic=net()))
+    assert set(module.networks) == {"fake", "critic"} and len(module.groups(0.1)[1]["params"]) == 2 * len(
+        list(net().parameters())
+    )
+    module.training_step(Batch(torch.randn(4, 2, 4, 4), True, seed=0, step=0, size=4), 0).backward()
+    assert all(value.grad is not None for value in module.networks["critic"].out.parameters())
+
+
 def test_the_module_trains_and_keeps_the_fake_and_not_the_teacher():
     def denoiser():
         return Denoiser(DiT(size=4, channels=2, patch=2, width=16, depth=1, heads=2), Linear(), Velocity())
@@ -160,7 +213,12 @@ def test_the_module_trains_and_keeps_the_fake_and_not_the_teacher():
 
 
 @pytest.mark.parametrize(
-    ("option", "said"), [({"turns": 0}, "turns is 0, it must be at least 1"), ({"rate": 0.0}, "rate is 0.0")]
+    ("option", "said"),
+    [
+        ({"turns": 0}, "turns is 0, it must be at least 1"),
+        ({"rate": 0.0}, "rate is 0.0"),
+        ({"adversarial": -1.0}, "adversarial is -1.0"),
+    ],
 )
 def test_what_cannot_be_meant_is_refused(option, said):
     with pytest.raises(ValueError, match=said):
