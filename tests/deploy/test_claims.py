@@ -138,3 +138,13 @@ def test_what_is_missing_is_told_and_what_cannot_be_compared_refused(pipeline, t
     write_json(path, {**read_json(path), "settings": {"samples": 9, "guidance": 1.0, "seed": 2}})
     file.write_text(yaml.safe_dump({"claims": {"x": claim()}}))
     assert main(words) == 2 and "cannot be compared" in capfd.readouterr().err
+
+
+def test_the_published_results_are_those_of_their_figures():
+    text, found = ((REPOSITORY / f"docs/results.{kind}").read_text() for kind in ("md", "json"))
+    results = json.loads(found)
+    assert all(markdown(name, claim, results) in text for name, claim in named().items()) and not results["missing"]
+    for row in results["rows"]:
+        assert {"claim", "method", "steps", "fd", "evaluations"} <= row.keys() and row["evaluations"] > 0
+        if row["claim"] in "ab" and not row["method"].startswith("teacher"):
+            assert row["fd"].keys() == set("012")

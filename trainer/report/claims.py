@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from data.files import atomic, naming, read_json, write_json
 from data.form import COUNT, NAME, NUMBER, conform
@@ -194,20 +195,28 @@ def markdown(name: str, claim: dict[str, Any], results: dict[str, Any]) -> str:
 
 def panel(axes: Any, rows: dict[str, list[dict[str, Any]]], followed: bool) -> None:
     """Draw each method's FD: in its fewest steps against evaluations spent if training was followed, else against steps."""
-    for method, own in rows.items():
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    for (method, own), colour in zip(rows.items(), colours[::2] + colours[1::2]):
         own = [row for row in own if not followed or row["steps"] == own[0]["steps"]]
         where, spread = [row["evaluations" if followed else "steps"] for row in own], [ends(row["fd"]) for row in own]
-        line = axes.plot(where, [one["median"] for one in spread], "o-", markersize=3, label=method)[0]
+        axes.plot(where, [one["median"] for one in spread], "o-", markersize=3, label=method, color=colour)
         bands = [one["least"] for one in spread], [one["largest"] for one in spread]
-        axes.fill_between(where, *bands, color=line.get_color(), alpha=0.2, linewidth=0)
+        axes.fill_between(where, *bands, color=colour, alpha=0.2, linewidth=0)
     axes.set(xscale="log", yscale="log", ylabel="Frechet distance", xlabel="evaluations spent" if followed else "steps")
+    if not followed:
+        axes.set_xticks(ticks := [1, 2, 4, 8, 16, 32], map(str, ticks))
+        axes.xaxis.set_minor_locator(NullLocator())
+    for part in (axes.yaxis, *([axes.xaxis] if followed else [])):
+        part.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:,.3g}" if value < 1000 else f"{value / 1000:,.0f} k"))
+        part.set_major_formatter(part.get_minor_formatter())
+    axes.tick_params(which="both", labelsize=7)
 
 
 def plot(claims: dict[str, Any], results: dict[str, Any]) -> bytes:
     """Return the figures as PNG, a panel for each claim."""
     matplotlib.use("agg")
     height = (len(claims) + 1) // 2
-    figure = Figure(figsize=(13, 4.4 * height), layout="constrained")
+    figure = Figure(figsize=(15, 4.4 * height), layout="constrained")
     panels = figure.subplots(height, 2, squeeze=False).flatten()
     for axes, (name, claim) in zip(panels, claims.items()):
         rows = [row for row in results["rows"] if row["claim"] == name]
@@ -217,7 +226,7 @@ def plot(claims: dict[str, Any], results: dict[str, Any]) -> bytes:
         if name in results["teachers"]:
             teacher = results["teachers"][name]
             axes.axhline(ends(teacher["fd"])["median"], linestyle=":", color="grey", label=f"teacher, {teacher['steps']} steps")
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
         axes.grid(alpha=0.3)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
