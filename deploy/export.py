@@ -4,13 +4,13 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from diffusers import DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 
 from data.files import atomic_folder, read_json, sealed
 from deploy import pretrained
-from deploy.pretrained import flow_scheduler
+from deploy.pretrained import flow_scheduler, plain_vae
 from models import teacher as teachers
 from models.clock import Tabulated
 from models.codec import KL, Codec
@@ -102,12 +102,9 @@ def compare(folder: Path, denoiser: Denoiser, codec: KL, condition: Condition, s
 
 def whole(folder: Path, denoiser: Denoiser, codec: KL, condition: Condition) -> dict[str, dict[str, float]]:
     """Write a run of ours as a pipeline, and return how far its images lie from ours."""
-    plain = {key: value for key, value in codec.vae.config.items() if not key.startswith("_")}  # not where it was read from
-    vae = AutoencoderKL.from_config(plain)
-    vae.load_state_dict(codec.vae.state_dict())
     assert isinstance(denoiser.net, DiT)
     names = {i: str(i) for i in range(denoiser.net.classes)} or None
-    DiTPipeline(transformer(denoiser.net), vae, flow_scheduler(), names).save_pretrained(folder)
+    DiTPipeline(transformer(denoiser.net), plain_vae(codec), flow_scheduler(), names).save_pretrained(folder)
     return compare(folder, denoiser, codec, condition)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
+from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from models.clock import Tabulated
@@ -16,7 +16,7 @@ from models.pipeline import ROWS
 from models.prediction import Velocity
 from models.sampler import DDIM
 
-CHECKED = (1, 2, 4, 8)  # step counts at which the folder is compared: whole parts of a chain of 1000
+CHECKED = (1, 2, 4, 8)  # step counts at which the folder is compared, of those that divide its chain
 
 
 def schedule(denoiser: Denoiser) -> DDIMScheduler:
@@ -39,6 +39,13 @@ def flow_scheduler() -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=1)
 
 
+def plain_vae(codec: KL) -> AutoencoderKL:
+    """Return a codec's autoencoder, whose configuration does not tell where it was read from."""
+    vae = AutoencoderKL.from_config({key: value for key, value in codec.vae.config.items() if not key.startswith("_")})
+    vae.load_state_dict(codec.vae.state_dict())
+    return vae
+
+
 def pipeline(denoiser: Denoiser, codec: Codec) -> DDIMPipeline | DiTPipeline:
     """Return the diffusers pipeline of a denoiser.
 
@@ -52,7 +59,7 @@ def pipeline(denoiser: Denoiser, codec: Codec) -> DDIMPipeline | DiTPipeline:
         return DDIMPipeline(net.merged(), schedule(denoiser))
     flow = isinstance(denoiser.interpolant, Linear) and isinstance(denoiser.prediction, Velocity)
     if net.kind == "DiTTransformer2DModel" and (chain or flow) and isinstance(codec, KL):
-        return DiTPipeline(net.merged(), codec.vae, schedule(denoiser) if chain else flow_scheduler())
+        return DiTPipeline(net.merged(), plain_vae(codec), schedule(denoiser) if chain else flow_scheduler())
     raise ValueError(
         f"diffusers has no pipeline for a {net.kind} of {net.classes} classes with {denoiser.interpolant!r}, "
         f"{denoiser.prediction!r} and codec {codec_kind}"
@@ -83,7 +90,7 @@ def compare(folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition
     labels = [i % condition.classes for i in range(4)] if isinstance(condition, ClassLabel) else None
     told = condition(torch.tensor(labels)) if labels else None
     found = {}
-    for steps in CHECKED:
+    for steps in (steps for steps in CHECKED if pipe.scheduler.config["num_train_timesteps"] % steps == 0):
         asked = {"num_inference_steps": steps, "output_type": "np", "generator": torch.manual_seed(seed)}
         theirs = pipe(labels, guidance_scale=1.0, **asked) if labels else pipe(4, **asked)
         drawn = torch.from_numpy(theirs.images).permute(0, 3, 1, 2)

@@ -106,8 +106,7 @@ def run(config: Path, out: Path | None = None, quick: bool = False, jobs: int = 
         config: the pipeline's YAML: `out`, and `stages`, each a name and one verb with its options.
         out: folder to use instead of the YAML's.
         quick: use each stage's `quick` options and each loop's first value: every stage, in little time, for a test.
-        jobs: stages of one loop that run at once, sharing the processor's cores; each then writes to OUT/stages/STAGE.log. The
-            results are the same.
+        jobs: stages of one loop that run at once, sharing the processor's cores; each then writes to OUT/stages/STAGE.log.
     """
     if jobs < 1:
         raise ValueError(f"jobs: {jobs}, it must be at least 1")

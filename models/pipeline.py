@@ -37,8 +37,9 @@ def form(scheduler: Path) -> tuple[Interpolant, Prediction, Clock]:
     try:
         name = json.loads((scheduler / "scheduler_config.json").read_bytes())["_class_name"]
         told: dict[str, Any] = dict(getattr(diffusers, name).from_pretrained(scheduler).config)  # complete with its defaults
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{scheduler}: not a readable scheduler's folder ({error})") from None
+    except Exception as error:  # diffusers and torch each raise kinds of their own
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{scheduler}: not a readable scheduler's folder ({why})") from None
     n, row, schedule = told.get("num_train_timesteps", 0), told.get("prediction_type", ""), told.get("beta_schedule", "")
     if name.startswith("FlowMatch") or row == "flow_prediction":
         return Linear(), Velocity(), Scaled(float(n))
@@ -50,19 +51,24 @@ def form(scheduler: Path) -> tuple[Interpolant, Prediction, Clock]:
     return chain, ROWS[row](), Index(n)
 
 
-def network(folder: Path) -> Path:
-    """Return the folder of a pipeline's network."""
+def components(folder: Path) -> tuple[Path, Path | None]:
+    """Return the folders of a pipeline's network and of its AutoencoderKL, or None where its data are pixels.
+
+    Raises:
+        ValueError: it has other parts, whose work would be left out.
+    """
     try:
         parts = json.loads((folder / INDEX).read_bytes())
-        kinds = {name: part[1] for name, part in parts.items() if isinstance(part, list) and len(part) == 2}
-    except (OSError, ValueError, AttributeError) as error:
+        kinds = {name: part[1] for name, part in parts.items() if isinstance(part, list) and len(part) == 2 and part[1]}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / INDEX}: not a readable index of a pipeline ({error})") from None
-    for name, kind in kinds.items():
-        if kind in KINDS:
-            return folder / Path(name).name
-    raise ValueError(
-        f"{folder}: is a {parts.get('_class_name')} without a {' or '.join(KINDS)}; these are the networks known here"
-    )
+    networks = [name for name, kind in kinds.items() if kind in KINDS]
+    others = {name: kind for name, kind in kinds.items() if name not in ("scheduler", *networks) and kind != "AutoencoderKL"}
+    if len(networks) != 1 or others:
+        what = f"a {parts.get('_class_name')} of {', '.join(map(str, kinds.values()))}"
+        raise ValueError(f"{folder}: is {what}; known here are a {' or '.join(KINDS)}, a scheduler, and an AutoencoderKL or none")
+    codec = next((folder / Path(name).name for name, kind in kinds.items() if kind == "AutoencoderKL"), None)
+    return folder / Path(networks[0]).name, codec
 
 
 def pretrained(folder: str, lora: int = 0) -> Denoiser:
@@ -73,12 +79,12 @@ def pretrained(folder: str, lora: int = 0) -> Denoiser:
         lora: rank of adapters, which alone are trained; 0 trains all.
     """
     interpolant, prediction, clock = form(Path(folder) / "scheduler")
-    return Denoiser(Pretrained(str(network(Path(folder))), lora), interpolant, prediction, clock)
+    return Denoiser(Pretrained(str(components(Path(folder))[0]), lora), interpolant, prediction, clock)
 
 
 def load(folder: Path) -> tuple[Denoiser, Codec, Condition]:
     """Return (denoiser, codec, condition) of a pipeline's folder."""
     denoiser = pretrained(str(folder))
-    codec = codecs.load(folder / "vae" if (folder / "vae").is_dir() else None)
+    codec = codecs.load(components(folder)[1])
     classes: int = denoiser.net.classes  # type: ignore[assignment]
     return denoiser.eval().requires_grad_(False), codec, ClassLabel(classes) if classes else Unconditional()

@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 Made = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
-def asked(condition: Condition, indices: range) -> Tensor | None:
-    """Return the raw conditions asked at global indices: every class in turn, or nothing."""
-    return torch.tensor(indices) % condition.classes if isinstance(condition, ClassLabel) else None
+def asked(condition: Condition, indices: range, classes: int | None = None) -> Tensor | None:
+    """Return the raw conditions asked at global indices: every class in turn, or the first so many; or nothing."""
+    return torch.tensor(indices) % (classes or condition.classes) if isinstance(condition, ClassLabel) else None
 
 
 def origin(denoiser: Denoiser) -> dict[str, Any]:
@@ -87,6 +87,7 @@ def collect(
     shard: int = 512,
     batch: int = 256,
     store_noise: bool = False,
+    classes: int | None = None,
     lease: float = 0.0,
 ) -> None:
     """Collect pairs from a teacher's EMA weights; any number of processes, restarts and kills gives the same bytes.
@@ -107,6 +108,7 @@ def collect(
         shard: pairs in one shard, the unit of work.
         batch: samples drawn at once.
         store_noise: keep each noise beside its sample too.
+        classes: ask only for the first so many of the teacher's classes; by default for all, in turn.
         lease: 0 deals shards out by rank. Else processes of any speed, that may join and leave, claim them in the folder, and
             one's claim is void when it has not been renewed for so many seconds (60, say).
     """
@@ -118,11 +120,18 @@ def collect(
     denoiser, _, condition = teachers.load(teacher)
     walk, told = getattr(samplers, sampler)(steps), guidance if guidance_max is None else [guidance, guidance_max]
     plan = {**origin(denoiser), "sampler": sampler, "steps": steps, "guidance": told, "batch": batch, "dtype": "float16"}
+    if classes is not None:
+        if not 1 <= classes <= getattr(condition, "classes", 0):
+            raise ValueError(f"classes: {classes}; {teacher} knows {getattr(condition, 'classes', 0)}")
+        plan["asked"] = classes
     writer = PairWriter(out, plan, pairs, seed, denoiser.shape, shard, store_noise)
 
     def make(number: int) -> Made:
         indices = writer.shards.indices(number)
-        raw, w = asked(condition, indices), None if guidance_max is None else scales(seed, indices, guidance, guidance_max)
+        raw, w = (
+            asked(condition, indices, classes),
+            None if guidance_max is None else scales(seed, indices, guidance, guidance_max),
+        )
         eps, scale = writer.noise(number), guidance if w is None else w
         return draw(walk, denoiser, eps, condition(raw), scale, batch, state.device), raw, eps, w
 

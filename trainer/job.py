@@ -1,6 +1,5 @@
 """What encode, collect and evaluate share: an accelerate process, and its share of the work."""
 
-import os
 from collections.abc import Iterator
 from typing import Literal, TypeVar
 
@@ -23,7 +22,7 @@ def start() -> PartialState:
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.device.type == "cpu":
-        torch.set_num_threads(min(THREADS, int(os.environ.get("OMP_NUM_THREADS", THREADS))))
+        torch.set_num_threads(min(THREADS, torch.get_num_threads()))
     return state
 
 

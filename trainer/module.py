@@ -70,6 +70,8 @@ class Generator(LightningModule):
         super().__init__()
         if recompute and objective and objective.derives:
             raise ValueError(f"model.recompute: {type(objective).__name__} differentiates the network forward; set it to false")
+        if getattr(denoiser.net, "always_told", False) and getattr(condition, "dropout", 0):
+            raise ValueError("model.condition.dropout: this network has no label that means 'not told'; set it to 0")
         self.recompute, self.compile_blocks = recompute, compile
         self.denoiser, self.objective = denoiser, objective or Matching()
         self.condition, self.initial = condition or Unconditional(), initial

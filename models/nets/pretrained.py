@@ -31,7 +31,7 @@ class Pretrained(Net):
             told = json.loads((folder / "config.json").read_bytes() if folder else config)
         except OSError as error:
             raise FileNotFoundError(f"{folder}: no config.json there ({error.strerror}); give a network's folder") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{folder or 'Pretrained'}: its config is not valid JSON ({error})") from None
         kind = told.get("_class_name") if isinstance(told, dict) else None
         if kind not in KINDS:
@@ -39,9 +39,14 @@ class Pretrained(Net):
         plain = {key: value for key, value in told.items() if key == "_class_name" or not key.startswith("_")}
         self.config, self.lora, self.kind, self.clock = json.dumps(plain, sort_keys=True), lora, kind, Scaled(1000.0)
         self.model = self._made(kind, folder, plain)
-        size = plain["sample_size"]
-        self.size, self.channels = size if isinstance(size, int) else size[0], plain["in_channels"]
-        self.classes = plain.get("num_class_embeds" if kind == "UNet2DModel" else "num_embeds_ada_norm") or 0
+        whole: dict[str, Any] = dict(self.model.config)  # type: ignore[arg-type]
+        self.size, self.channels, out = whole["sample_size"], whole["in_channels"], whole["out_channels"] or whole["in_channels"]
+        if not isinstance(self.size, int):
+            raise ValueError(f"{folder or kind}: its sample_size is {self.size}, Pretrained knows one number, of squares")
+        if out != self.channels and not (kind == "DiTTransformer2DModel" and out == 2 * self.channels):
+            raise ValueError(f"{folder or kind}: puts out {out} channels for {self.channels}, wanted as many as come in")
+        self.classes = whole.get("num_class_embeds" if kind == "UNet2DModel" else "num_embeds_ada_norm") or 0
+        self.always_told = kind == "UNet2DModel" and self.classes > 0  # it has no label that means "not told"
         if lora:
             self._adapt()
 
@@ -57,7 +62,7 @@ class Pretrained(Net):
 
         cls = getattr(diffusers, kind)
         try:
-            return cls.from_pretrained(folder, use_safetensors=True) if folder else cls.from_config(config)
+            return cls.from_pretrained(folder, use_safetensors=True).float() if folder else cls.from_config(config)
         except Exception as error:  # diffusers, safetensors and torch each raise kinds of their own
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"{folder or kind}: not a readable {kind} ({why})") from error
@@ -77,7 +82,7 @@ class Pretrained(Net):
             ValueError: a UNet with classes is told none: it has no label for that.
         """
         if self.kind == "UNet2DModel":
-            if self.classes and cond is None:
+            if self.always_told and cond is None:
                 raise ValueError("Pretrained: this UNet2DModel must be told a class; it has none that means 'not told'")
             return self.model(x_t, clock, class_labels=cond if self.classes else None).sample
         label = torch.full_like(clock, self.classes, dtype=torch.long) if cond is None else cond

@@ -58,7 +58,7 @@ def evaluated(out, method, seed, at, fds, run):
     steps = {str(n): {**ROW, "fd": fd, "accuracy": 0.9} for n, fd in fds.items()}
     floors = {"autoencoder": 0.0, "bootstrap": 0.1}
     about = {"floors": floors, "classifier_accuracy_heldout": 1.0, "reference": "0" * 64, "run": str(run)}
-    settings = {"samples": 2000, "guidance": 1.0, "seed": 2}
+    settings = {"samples": 2000, "guidance": 1.0, "seed": 2, "sampler": "DDIM"}
     write_json(path, {"steps": steps, "settings": settings, "first_orderness": 0.1, "straightness": 0.2, **about})
 
 
@@ -104,6 +104,11 @@ def test_costs_are_those_of_all_that_a_run_was_made_from_but_the_teachers(pipeli
     assert costs.whole("student/0", 50) == 550 and costs.own("student/0") == 500
     moved = pipeline.rename(pipeline.with_name("moved"))
     assert Costs(moved).whole("second/0") == 1000
+    write_json(
+        moved / "stages/00-pairs.json",
+        {"words": ["collect", "--teacher", "away", "--out", str(pipeline / "pairs")], "seconds": 1.0},
+    )
+    assert Costs(moved).whole("student/0") == 800, "pairs of a teacher from elsewhere were drawn all the same"
 
 
 def test_results_are_medians_over_seeds_with_what_they_cost(pipeline):
@@ -132,10 +137,17 @@ def test_what_is_missing_is_told_and_what_cannot_be_compared_refused(pipeline, t
     assert read_json(out.with_suffix(".json"))["missing"] == ["third", "nobody"]
     file.write_text("claims: {x: {title: t}}")
     assert main(words) == 2 and "claims.yaml: claims: x: has no entry `methods`" in capfd.readouterr().err
+    for wrong, said in [
+        ({"passes": ["third"]}, "must name some of its methods"),
+        ({"reach": "x"}, "reach: is 'x'"),
+        ({"pass": []}, "has an entry `pass`"),
+    ]:
+        file.write_text(yaml.safe_dump({"claims": {"x": claim(**wrong)}}))
+        assert main(words) == 2 and said in capfd.readouterr().err
     file.write_text(yaml.safe_dump({"claims": {"x": claim(teacher="nobody", methods=["third"])}}))
     assert main(words) == 2 and "no METHOD/SEED/AT/evaluation.json" in capfd.readouterr().err
     path = pipeline / "evaluation/second/0/last/evaluation.json"
-    write_json(path, {**read_json(path), "settings": {"samples": 9, "guidance": 1.0, "seed": 2}})
+    write_json(path, {**read_json(path), "settings": {"samples": 9, "guidance": 1.0, "seed": 2, "sampler": "DDIM"}})
     file.write_text(yaml.safe_dump({"claims": {"x": claim()}}))
     assert main(words) == 2 and "cannot be compared" in capfd.readouterr().err
 

@@ -16,12 +16,14 @@ from data.pairs import PairSet
 from deploy.cli import main
 from models import teacher
 from models.codec import Identity
-from models.condition import Unconditional
+from models.condition import ClassLabel, Unconditional
+from models.denoiser import Denoiser
 from models.interpolant import Discrete, Linear
 from models.nets.pretrained import Pretrained
 from models.pipeline import form
 from models.prediction import Angular, Data, Noise, Velocity
 from models.sampler import DDIM
+from trainer.module import Generator
 
 BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
 PLAIN = """
@@ -177,7 +179,10 @@ def damaged(folder, tmp_path, file, text):
     ("file", "change", "said"),
     [
         ("model_index.json", "{", "not a readable index of a pipeline"),
-        ("model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]}, "is a DDPMPipeline without a UNet2DModel or DiT"),
+        ("model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]}, "UNet2DConditionModel; known here are"),
+        ("model_index.json", {"vqvae": ["diffusers", "VQModel"]}, "VQModel; known here are"),
+        ("unet/config.json", {"sample_size": None}, "its sample_size is None"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "cosine"}, "not a readable scheduler's folder (cosine"),
         ("unet/config.json", {"_class_name": "UNet3D"}, "is a UNet3D, Pretrained knows UNet2DModel and DiTTransformer2DModel"),
         ("unet/config.json", "[", "its config is not valid JSON"),
         ("unet/diffusion_pytorch_model.safetensors", "torn", "not a readable UNet2DModel"),
@@ -191,3 +196,26 @@ def test_what_is_no_teacher_is_one_line(folder, tmp_path, capfd, file, change, s
     assert main(["collect", "--teacher", path, "--out", str(tmp_path / "x"), "--pairs", "8"]) == 2
     lines = capfd.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("rectify: error: ") and said in lines[-1] and "Traceback" not in "".join(lines)
+
+
+def test_networks_that_do_not_fit_are_refused(tmp_path):
+    unet(out_channels=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="puts out 2 channels for 1"):
+        Pretrained(str(tmp_path))
+    unet(num_class_embeds=3).half().save_pretrained(tmp_path / "told")
+    net = Pretrained(str(tmp_path / "told"))
+    assert next(net.parameters()).dtype == torch.float32
+    with pytest.raises(ValueError, match="must be told a class"):
+        net(torch.randn(2, 1, 16, 16), torch.ones(2))
+    with pytest.raises(ValueError, match="model.condition.dropout"):
+        Generator(Denoiser(net, Linear(), Velocity()), condition=ClassLabel(3, 0.1))
+
+
+def test_only_the_classes_that_there_are_are_asked(workspace, tmp_path, capfd):
+    """Our exported network knows 1,000 classes, of which the digits are ten."""
+    words = ["collect", "--teacher", str(workspace.path / "runs/demo/export"), "--pairs", "24", "--steps", "1"]
+    assert main([*words, "--out", str(tmp_path / "pairs"), "--classes", "10"]) == 0
+    pairs = PairSet(tmp_path / "pairs")
+    assert [pairs[i]["condition"] for i in range(24)] == [i % 10 for i in range(24)] and pairs.manifest["asked"] == 10
+    assert main([*words, "--out", str(tmp_path / "other"), "--classes", "1001"]) == 2
+    assert "classes: 1001" in capfd.readouterr().err

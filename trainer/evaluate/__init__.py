@@ -41,6 +41,8 @@ class Drawing:
         edges: of windows, all of which it steps on.
     """
 
+    classes: int | None = None  # that are asked for, if not all
+
     def __init__(
         self,
         run: Path,
@@ -68,7 +70,7 @@ class Drawing:
     def start(self, indices: range) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return (noises, raw conditions, conditions as the network reads them) of indices."""
         eps = torch.stack([noise(self.seed, i, self.shape) for i in indices]).to(self.state.device)
-        raw = asked(self.condition, indices)
+        raw = asked(self.condition, indices, self.classes)
         told = self.condition(raw)
         return eps, raw, None if told is None else told.to(self.state.device)
 
@@ -221,8 +223,10 @@ def evaluate(
         classifier, score = trained(images, *sets)
     look: Look = eyes.beside(classifier) if eyes else classifier
     real = torch.cat([look(x)[0] for part in sets for x, _ in read_all(part, len(part))])
-    eps, _, told = drawing.start(range(TRAJECTORIES))
     columns = len(sets[0].manifest["classes"])
+    for one in (drawing, taught) if taught else (drawing,):
+        one.classes = columns if getattr(one.condition, "classes", 0) > columns else None  # a network may know more than the set
+    eps, _, told = drawing.start(range(TRAJECTORIES))
     results = rows(drawing, walks, taught, look, real, steps, samples)
     if state.is_main_process:
         for place, n in product(walks, steps):

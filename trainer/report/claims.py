@@ -15,14 +15,14 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from data.files import atomic, naming, read_json, write_json
 from data.form import COUNT, NAME, NUMBER, conform
 from trainer.callbacks.metrics import read_log
-from trainer.report.spread import alike, cell, ends, replaced
-from trainer.report.summary import EVALUATION, ROW, read, read_stages
+from trainer.report.spread import FORM, alike, cell, ends, replaced
+from trainer.report.summary import ROW, read, read_stages
 
 CLAIM = {"title": str, "methods": [NAME], "steps": [COUNT], "teacher": NAME}
-CLAIMS = {"claims": {NAME: CLAIM}}
+MAY: dict[str, Any] = {"passes": [NAME], "reach": float, "trained": bool}  # that a claim may say beside
 QUALITY = ("fd", "accuracy", "recall")
 SHAPE = ("first_orderness", "straightness")
-MEASURED = {**EVALUATION, "run": str, "straightness": float, "steps": {NUMBER: {**ROW, "accuracy": float}}}
+MEASURED = {**FORM, "run": str, "straightness": float, "steps": {NUMBER: {**ROW, "accuracy": float}}}
 
 
 class Costs:
@@ -65,8 +65,25 @@ class Costs:
 
     def whole(self, place: str, step: int | None = None) -> int:
         """Return what a run cost with all that it was made from, but for teachers: runs that were made from data alone."""
-        costly = {one for one in self.before(place) if self.own(one)}
-        return self.own(place, step) + sum(self.own(one) for one in costly if any(self.own(two) for two in self.before(one)))
+        return self.own(place, step) + sum(self.own(one) for one in self.before(place) if not self.teacher(one))
+
+    def teacher(self, place: str) -> bool:
+        """Tell whether a place holds a run that began from nothing and learnt from data alone."""
+        taught = re.search(r"--\S*(initial|teacher)", self.texts[place]) or any(self.own(one) for one in self.before(place))
+        return (self.run / place / "metrics.jsonl").exists() and not taught
+
+
+def stated(told: Any, where: str) -> dict[str, Any]:
+    """Return the claims that a file states; refuse what is none."""
+    conform(told, {"claims": {NAME: CLAIM}}, where)
+    for name, claim in told["claims"].items():
+        for key in claim.keys() - CLAIM.keys():
+            if key not in MAY:
+                raise ValueError(f"{where}: claim {name}: has an entry `{key}`; known are {', '.join((*CLAIM, *MAY))}")
+            conform(claim[key], MAY[key], f"{where}: claim {name}: {key}")
+        if not claim["steps"] or not {*claim.get("passes", [])} <= {*claim["methods"]}:
+            raise ValueError(f"{where}: claim {name}: needs steps, and `passes` must name some of its methods")
+    return told["claims"]
 
 
 def found(run: Path, costs: Costs, method: str) -> dict[int, dict[str, Any]]:
@@ -124,6 +141,8 @@ def gather(run: Path, claims: dict[str, Any]) -> dict[str, Any]:
             continue
         of = methods[claim["teacher"]]
         teachers[name] = taught(of[max(of)], claim["teacher"])
+        if not teachers[name]["evaluations"]:
+            raise ValueError(f"{run / claim['teacher']}: its metrics.jsonl counts no evaluations; train it again to tell costs")
         for method in (method for method in claim["methods"] if method in methods):
             by = methods[method]
             kept = sorted(by) if claim.get("trained") else [max(by)]
@@ -173,7 +192,7 @@ def markdown(name: str, claim: dict[str, Any], results: dict[str, Any]) -> str:
         return f"Not evaluated yet: {claim['teacher']}."
     rows, teacher = [row for row in results["rows"] if row["claim"] == name], results["teachers"][name]
     head = ["method", "samples", "evaluations", *(f"FD at {n}" for n in claim["steps"])]
-    head += [f"accuracy at {claim['steps'][0]}", "first-order", "straight"]
+    head += ["accuracy at the fewest", "first-order", "straight"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for method, trained in dict.fromkeys((row["method"], row["trained"]) for row in rows):
         own = {row["steps"]: row for row in rows if (row["method"], row["trained"]) == (method, trained)}
@@ -246,8 +265,7 @@ def results(run: Path, claims: Path, out: Path) -> None:
     """
     with naming(claims):
         told = yaml.safe_load(claims.read_text())
-    conform(told, CLAIMS, str(claims))
-    told = told["claims"]
+    told = stated(told, str(claims))
     gathered = gather(run, told)
     text = out.read_text() if out.exists() else ""
     for name, claim in told.items():

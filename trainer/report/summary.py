@@ -117,8 +117,9 @@ def targets(teacher: dict[str, Any], student: dict[str, Any], spent: dict[str, A
         bound("accuracy_gain", one["accuracy"] - many["accuracy"], least=-0.005)
     if many["recall"] > 0:
         bound("recall_ratio", one["recall"] / many["recall"], least=0.9)
-    if training := spent["evaluations"].get("teacher"):
-        bound("cost_ratio", spent["total"] / training - 1, most=2.0)
+    own = spent["evaluations"]  # other methods' runs may lie in the same folder
+    if own.get("teacher") and "student" in own:
+        bound("cost_ratio", (own.get("pairs", 0) + own["student"]) / own["teacher"], most=2.0)
     return found
 
 
