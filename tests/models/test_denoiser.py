@@ -1,5 +1,6 @@
 """Denoisers, guidance, conditions, the network, and what a checkpoint may rebuild."""
 
+import json
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from models.interpolant import Linear, VarianceExploding, VariancePreserving
 from models.nets import Net
 from models.nets.attention import Attention
 from models.nets.dit import DiT
+from models.nets.pretrained import Pretrained
 from models.nets.unit import UnitNet
 from models.prediction import Angular, Karras, Noise, Score, Velocity
 from tests.forms import PREDICTIONS, every_interpolant, every_prediction, plain, public
@@ -134,7 +136,9 @@ def test_description_rebuilds_the_denoiser(interpolant, prediction):
 
 
 def test_every_network_is_described_by_its_arguments():
-    nets = [*plain(Net), UnitNet(small(), Linear(), Velocity())]
+    kinds = {"down_block_types": ["AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D"], "block_out_channels": [8]}
+    theirs = {"_class_name": "UNet2DModel", "sample_size": 4, "norm_num_groups": 4, "layers_per_block": 1, **kinds}
+    nets = [*plain(Net), UnitNet(small(), Linear(), Velocity()), Pretrained(json.dumps(theirs))]
     assert {type(net) for net in nets} == set(public(Net))
     assert all(teacher.build(teacher.describe(net)).state_dict().keys() == net.state_dict().keys() for net in nets)
 
