@@ -4,15 +4,14 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
+from diffusers import DiTPipeline, DiTTransformer2DModel
 from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 
 from data.files import atomic_folder, read_json, sealed
 from deploy import pretrained
-from deploy.pretrained import flow_scheduler, plain_vae
+from deploy.pretrained import flow_scheduler, on_grid_of, plain_vae
 from models import teacher as teachers
-from models.clock import Tabulated
 from models.codec import KL, Codec
 from models.condition import ClassLabel, Condition
 from models.denoiser import Denoiser
@@ -69,14 +68,6 @@ def renamed(net: DiT) -> dict[str, Tensor]:
     for name, layer in layers.items():
         out[f"{name}.weight"], out[f"{name}.bias"] = ours[f"{layer}.weight"], ours[f"{layer}.bias"]
     return out
-
-
-def on_grid_of(scheduler: DPMSolverMultistepScheduler, denoiser: Denoiser, steps: int) -> tuple[DDIM, Denoiser]:
-    """Return our sampler and denoiser on a scheduler's own sigmas, its integer timesteps being the network's clock."""
-    scheduler.set_timesteps(steps)
-    sigmas = scheduler.sigmas.tolist()
-    clock = Tabulated(sigmas[:-1], scheduler.timesteps.tolist())
-    return DDIM(steps, sigmas), Denoiser(denoiser.net, denoiser.interpolant, denoiser.prediction, clock)
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """Export of students of diffusers' own networks: the pipeline that their teacher was, adapters merged, and the adapters alone."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
@@ -39,6 +40,14 @@ def flow_scheduler() -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=1)
 
 
+def on_grid_of(scheduler: DPMSolverMultistepScheduler, denoiser: Denoiser, steps: int) -> tuple[DDIM, Denoiser]:
+    """Return our sampler and denoiser on a scheduler's own sigmas, its integer timesteps being the network's clock."""
+    scheduler.set_timesteps(steps)
+    sigmas = scheduler.sigmas.tolist()
+    clock = Tabulated(sigmas[:-1], scheduler.timesteps.tolist())
+    return DDIM(steps, sigmas), Denoiser(denoiser.net, denoiser.interpolant, denoiser.prediction, clock)
+
+
 def plain_vae(codec: KL) -> AutoencoderKL:
     """Return a codec's autoencoder, whose configuration does not tell where it was read from."""
     vae = AutoencoderKL.from_config({key: value for key, value in codec.vae.config.items() if not key.startswith("_")})
@@ -52,7 +61,7 @@ def pipeline(denoiser: Denoiser, codec: Codec) -> DDIMPipeline | DiTPipeline:
     Raises:
         ValueError: diffusers has none for its form, codec and classes.
     """
-    net, codec_kind = denoiser.net, type(codec).__name__
+    net = denoiser.net
     assert isinstance(net, Pretrained)
     chain = isinstance(denoiser.interpolant, Discrete) and type(denoiser.prediction) in ROWS.values()
     if net.kind == "UNet2DModel" and chain and not net.classes and not isinstance(codec, KL):
@@ -62,20 +71,18 @@ def pipeline(denoiser: Denoiser, codec: Codec) -> DDIMPipeline | DiTPipeline:
         return DiTPipeline(net.merged(), plain_vae(codec), schedule(denoiser) if chain else flow_scheduler())
     raise ValueError(
         f"diffusers has no pipeline for a {net.kind} of {net.classes} classes with {denoiser.interpolant!r}, "
-        f"{denoiser.prediction!r} and codec {codec_kind}"
+        f"{denoiser.prediction!r} and codec {type(codec).__name__}; `rectify consolidate` writes its weights as one file"
     )
 
 
-def ours(denoiser: Denoiser, scheduler: object, steps: int, eps: Tensor, told: Tensor | None) -> Tensor:
+def ours(denoiser: Denoiser, scheduler: Any, steps: int, eps: Tensor, told: Tensor | None) -> Tensor:
     """Return what our DDIM draws on a scheduler's own times, from where it starts: eps, of variance one."""
-    scheduler.set_timesteps(steps)  # type: ignore[attr-defined]
-    readings = scheduler.timesteps.tolist()  # type: ignore[attr-defined]
     if isinstance(denoiser.interpolant, Discrete):
-        n = len(denoiser.interpolant.betas)
-        return DDIM(steps, [*((reading + 1) / n for reading in readings), 0.0]).walk(denoiser, eps, told)[-1]
-    times = scheduler.sigmas.tolist()  # type: ignore[attr-defined]
-    timed = Denoiser(denoiser.net, denoiser.interpolant, denoiser.prediction, Tabulated(times[:-1], readings))
-    return DDIM(steps, times).walk(timed, eps, told)[-1]
+        scheduler.set_timesteps(steps)
+        times = [(index + 1) / len(denoiser.interpolant.betas) for index in scheduler.timesteps.tolist()]
+        return DDIM(steps, [*times, 0.0]).walk(denoiser, eps, told)[-1]
+    walk, timed = on_grid_of(scheduler, denoiser, steps)
+    return walk.walk(timed, eps, told)[-1]
 
 
 @torch.inference_mode()

@@ -189,7 +189,8 @@ def perform(words: list[str], stamp: str, record: Path, title: str, jobs: int) -
                 command, preexec_fn=die_with_parent, stdout=log, stderr=subprocess.STDOUT, env=environment
             ).returncode
         if code:
-            print("".join(told.read_text(errors="replace").splitlines(True)[-5:]), end="", file=sys.stderr)
+            last = "".join(told.read_text(errors="replace").splitlines(True)[-5:])
+            print(f"{title}: failed, the end of {told}:\n{last}", end="", file=sys.stderr)
     seconds = round(time.monotonic() - began, 1)
     if code == 0:
         write_json(record, {"fingerprint": stamp, "words": words, "seconds": seconds})
