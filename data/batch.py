@@ -32,6 +32,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on a device."""
+        if self.x.device == device:
+            return self
         parts: dict[str, Any] = {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
         return replace(self, **{name: part.to(device, non_blocking=True) for name, part in parts.items()})
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as recomputed
@@ -42,6 +42,17 @@ def inherit(denoiser: Denoiser, source: Denoiser) -> None:
     own, there = denoiser.state_dict(), source.state_dict()
     readings = tuple(f"{name}." for name, part in denoiser.named_modules() if isinstance(part, Reading))
     denoiser.load_state_dict({key: own[key] for key in own if key.startswith(readings)} | there)
+
+
+class Rests(Callback):
+    """Leaves the denoiser as it is while it rests: without gradients the optimizer does nothing."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Drop the gradients that only kept ranks from waiting."""
+        assert isinstance(pl_module, Generator)
+        if pl_module.objective.rests:
+            for value in pl_module.denoiser.parameters():
+                value.grad = None
 
 
 class Generator(LightningModule):
@@ -104,8 +115,8 @@ class Generator(LightningModule):
 
     @property
     def codec(self) -> codecs.Codec:
-        """The frozen codec, on this module's device."""
-        return self._codec[0].to(self.device)
+        """The frozen codec."""
+        return self._codec[0]
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """One step: the same for every method, because a pair brings its own noise."""
@@ -115,11 +126,9 @@ class Generator(LightningModule):
             loss = loss + sum(0 * local(value).sum() for value in self.denoiser.parameters())
         return loss
 
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Leave the denoiser as it is while it rests: without gradients the optimizer does nothing."""
-        if self.objective.rests:
-            for value in self.denoiser.parameters():
-                value.grad = None
+    def configure_callbacks(self) -> list[Callback]:
+        """Let the denoiser rest while networks of the objective are trained alone."""
+        return [Rests()] if self.networks else []
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """The same on held-out samples, told all."""
@@ -138,7 +147,8 @@ class Generator(LightningModule):
         return self.objective(denoiser, x, coupled(batch, draws, x), cond, draws)
 
     def on_fit_start(self) -> None:
-        """Refuse pairs of another origin, and put the codec into the run: a run folder is whole by itself."""
+        """Refuse pairs of another origin, and put the codec onto the device and into the run, which is whole by itself."""
+        self.codec.to(self.device)
         stream = getattr(self.trainer, "datamodule", None)
         for source in (getattr(stream, "source", None), getattr(stream, "heldout", None)):
             for part in source.sources if isinstance(source, Mixed) else [source]:

@@ -112,7 +112,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pack(folder / "digits")
-        for width, depth, batch, steps in ((64, 2, 16, 600), (64, 4, 64, 300)):
+        for width, depth, batch, steps in ((64, 1, 10, 1000), (64, 4, 42, 400)):
             path = folder / "run.yaml"
             path.write_text(yaml.safe_dump(config(folder, width, depth, batch, steps)))
             fit(["--config", str(path)])

@@ -1,4 +1,4 @@
-"""Calling a step's hooks directly changes nothing but the time that it takes."""
+"""A leaner loop changes nothing but the time that a step takes."""
 
 import inspect
 
@@ -41,6 +41,9 @@ class Plain(LightningModule):
     def training_step(self, batch, _):
         return (self.weight * batch).square().sum()
 
+    def validation_step(self, batch, _):
+        self.log("heldout", (self.weight * batch).sum())
+
     def on_train_batch_end(self, *_):
         self.log("sum", self.weight.sum())
 
@@ -51,32 +54,43 @@ class Plain(LightningModule):
 
 
 def trained(tmp_path, leanly, **options):
-    """Return what four steps of two parts each left behind: weights, logged values, hooks heard."""
+    """Return what four steps left behind: weights, logged values, hooks heard, and all that Lightning counts."""
     module, told = Plain(), Told()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
-        max_steps=4, accumulate_grad_batches=2, gradient_clip_val=0.5, callbacks=[told], default_root_dir=tmp_path,
-        accelerator="cpu", **quiet, **options
-    )  # fmt: skip
+        max_steps=4, gradient_clip_val=0.5, callbacks=[told], default_root_dir=tmp_path, accelerator="cpu", **quiet, **options
+    )
     batches = DataLoader(torch.arange(48.0).view(16, 3), batch_size=2)
     before = call._call_callback_hooks
     if leanly:
         with lean(trainer):
             assert (call._call_callback_hooks is before) == ("profiler" in options)
-            trainer.fit(module, batches)
+            trainer.fit(module, batches, batches)
     else:
-        trainer.fit(module, batches)
+        trainer.fit(module, batches, batches)
     assert call._call_callback_hooks is before
-    return module.weight.tolist(), trainer.callback_metrics["sum"].item(), told.said
+    return module.weight.tolist(), trainer.callback_metrics["sum"].item(), told.said, trainer.fit_loop.state_dict()
 
 
-@pytest.mark.parametrize("options", [{}, {"profiler": "simple"}], ids=str)
-def test_weights_logged_values_and_hooks_are_the_same(tmp_path, options):
+OPTIONS: list[dict] = [
+    {"num_sanity_val_steps": 0},  # a step in each batch: ours throughout
+    {"accumulate_grad_batches": 2},
+    {"accumulate_grad_batches": 2, "profiler": "simple"},
+    {"check_val_every_n_epoch": None, "val_check_interval": 3},
+    {"max_epochs": 3, "limit_train_batches": 3, "check_val_every_n_epoch": 2},
+    {"limit_val_batches": 0, "gradient_clip_algorithm": "value"},
+]
+
+
+@pytest.mark.parametrize("schedule", [True, False], ids=["schedule", "constant"])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
+def test_weights_logged_values_hooks_and_counts_are_the_same(tmp_path, monkeypatch, options, schedule):
     """Of this version of Lightning: all hooks are heard, in the same order, at the same steps."""
-    plain, quick = trained(tmp_path, False), trained(tmp_path, True, **options)
+    if not schedule:
+        monkeypatch.setattr(Plain, "configure_optimizers", lambda self: torch.optim.AdamW(self.parameters(), 0.1))
+    plain, quick = trained(tmp_path, False, **options), trained(tmp_path, True, **options)
     assert quick == plain
-    heard = {name for name, *_ in plain[2]}
-    assert heard >= set(HEARD)
+    assert {name for name, *_ in plain[2]} >= set(HEARD)
 
 
 def test_the_wrappers_are_what_this_version_of_lightning_has():

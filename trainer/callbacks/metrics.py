@@ -60,10 +60,10 @@ class Metrics(Callback):
         self._look()
         if seen := getattr(getattr(pl_module, "objective", None), "seen", None):
             self.seen.append(seen)
-        if trainer.global_step == self.step:
+        if (step := trainer.global_step) == self.step:
             return  # gradients are still accumulating
-        self.meter.add(trainer.global_step - self.step)
-        self.step, parts, self.parts = trainer.global_step, self.parts, []
+        self.meter.add(step - self.step)
+        self.step, parts, self.parts = step, self.parts, []
         seen, self.seen = self.seen, []
         self.spent, self.pending = self.spent + self.pending, 0  # whole steps only: a part of one would be made again
         if self.step % self.every and self.step != trainer.max_steps:

@@ -1,9 +1,8 @@
 """A watch on the loss and on memory: a run that went wrong stops, says where, and keeps its last good checkpoint."""
 
 import sys
-from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,8 +13,7 @@ from torch.optim import Optimizer
 from data.batch import Batch, Set
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A micro-batch without its samples: where it stands, its loss, and (times, errors) of its samples."""
 
     step: int

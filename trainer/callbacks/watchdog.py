@@ -29,12 +29,14 @@ class Watchdog(Callback):
         if timeout < 0:
             raise ValueError(f"Watchdog: timeout is {timeout}, it must be positive, or 0 for none")
         self.timeout, self.mark = timeout, (0, 0, 0)  # optimizer step, phase, batches validated in it
+        self.idle = False  # nobody to wait for: its hooks need not be called
         self.ended = threading.Event()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch, where there is somebody to wait for."""
         self.ended.clear()
-        if self.timeout and trainer.world_size > 1:
+        self.idle = not self.timeout or trainer.world_size == 1
+        if not self.idle:
             store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # a connection of its own
             store = dist.PrefixStore(f"rectify/watchdog/{trainer.global_step}", store)
             self.heard, self.talked = [""] * trainer.world_size, time.monotonic()
