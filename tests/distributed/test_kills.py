@@ -1,5 +1,6 @@
 """SIGKILL at random moments, restarted by the same command: nothing torn under a final name, the finished result identical."""
 
+import json
 import os
 import random
 import signal
@@ -13,7 +14,8 @@ import pytest
 from models import teacher
 from tests.distributed.runs import equal, fit
 
-SMALL = ("--checkpoints.keep", "100", "--trainer.logger", "false")
+HELD = ("--data.heldout", "Latents", "--data.heldout.path", "runs/demo/latents", "--trainer.val_check_interval", "10")
+SMALL = ("--checkpoints.keep", "100", "--trainer.logger", "false", *HELD)
 TWO = ("--trainer.devices", "2", "--trainer.strategy")
 
 
@@ -73,6 +75,13 @@ def compare(out: Path, undisturbed: Path, finished: bool) -> None:
         assert found.keys() == wanted.keys(), wanted.keys() - found.keys()
         leftovers = [path for path in (*out.rglob(".*"), *out.parent.glob(".*"))]
         assert not leftovers, f"left over: {leftovers}"
+        assert said(out) == said(undisturbed)
+
+
+def said(out: Path) -> list[dict]:
+    """Return the lines of a run's log, without what its clock said."""
+    lines = map(json.loads, (out / "metrics.jsonl").open()) if (out / "metrics.jsonl").exists() else []
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def descendants(pid: int) -> list[int]:

@@ -18,6 +18,7 @@ from models.interpolant import Linear
 from models.nets.dit import DiT
 from models.prediction import Velocity
 from models.retimed import Retimed
+from trainer.callbacks.metrics import Metrics
 from trainer.collect import collect
 from trainer.objectives import Consistency, Matching, MeanFlow, Objective, Phased
 from trainer.objectives.frozen import Frozen
@@ -138,6 +139,32 @@ def test_parts_of_a_batch_count_and_validation_does_not(train, images):
     heldout = ("--data.heldout", "Images", "--data.heldout.path", str(images / "heldout"), "--trainer.val_check_interval", "1")
     _, lines = train("--trainer.accumulate_grad_batches", "2", *heldout)
     assert counts(lines) == {2: 16, 3: 24} and any("heldout_loss" in line for line in lines)  # a batch is cut into its parts
+
+
+def test_no_heldout_loss_is_lost_to_a_kill(train, images, monkeypatch, tmp_path):
+    """The run ends where it would validate, or right after, at a step that has a checkpoint: also at the last one."""
+    heldout = ("--data.heldout", "Images", "--data.heldout.path", str(images / "heldout"), "--trainer.val_check_interval", "2")
+    words = (*heldout, "--checkpoints.every", "2")
+
+    def losses(out):
+        lines = map(json.loads, (out / "metrics.jsonl").open())
+        return [(line["step"], line["heldout_loss"]) for line in lines if "heldout_loss" in line]
+
+    undisturbed = losses(train(*words, steps=4)[0])
+    for moment in ("on_validation_start", "on_validation_end"):
+        (out := tmp_path / moment / "run").parent.mkdir()
+        went_on = getattr(Metrics, moment)
+        for last in (2, 4):
+
+            def killed(self, trainer, module, last=last, went_on=went_on):
+                if trainer.global_step == last:
+                    raise ZeroDivisionError
+                went_on(self, trainer, module)
+
+            with monkeypatch.context() as patch, pytest.raises(AssertionError):
+                patch.setattr(Metrics, moment, killed)
+                train(*words, out=out, steps=4)
+        assert [step for step, _ in undisturbed] == [2, 4] and losses(train(*words, out=out, steps=4)[0]) == undisturbed
 
 
 def test_whatever_an_objective_asks_is_counted_and_a_resumed_run_counts_on(train):

@@ -40,6 +40,12 @@ def check(trainer: Trainer) -> None:
         )
 
 
+def validated(trainer: Trainer) -> bool:
+    """Tell whether this batch is one that held-out batches follow."""
+    every, batches = trainer.val_check_batch, trainer.fit_loop.total_batch_idx + 1
+    return isinstance(every, int) and batches % every == 0 and trainer.enable_validation and any(trainer.num_val_batches)
+
+
 class Checkpoints(Checkpoint):
     """Saves `checkpoints/step=N.ckpt` every so often and at the end, keeping the newest few.
 
@@ -77,8 +83,13 @@ class Checkpoints(Checkpoint):
             sweep(self._folder(trainer), "step=*")
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Save when a checkpoint is due, or the run is to stop here."""
-        if trainer.global_step % self.every == 0 or trainer.should_stop:
+        """Save when a checkpoint is due, or the run is to stop here; if this step is validated first, after that."""
+        if trainer.should_stop or (trainer.global_step % self.every == 0 and not validated(trainer)):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what is due: a checkpoint's log holds its step's held-out loss, wherever the run is killed."""
+        if trainer.global_step % self.every == 0:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
