@@ -4,18 +4,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMPipeline, DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+)
 from torch import Tensor
 
 from models.clock import Tabulated
 from models.codec import KL, Codec
-from models.condition import ClassLabel, Condition
+from models.condition import Condition
 from models.denoiser import Denoiser
 from models.interpolant import Discrete, Linear
 from models.nets.pretrained import LORA, TARGETS, Pretrained
 from models.pipeline import ROWS
 from models.prediction import Velocity
 from models.sampler import DDIM
+from models.text import Prompts
 
 CHECKED = (1, 2, 4, 8)  # step counts at which the folder is compared, of those that divide its chain
 
@@ -32,6 +41,7 @@ def schedule(denoiser: Denoiser) -> DDIMScheduler:
         rescale_betas_zero_snr=chain.zero_terminal_snr,
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,  # of no effect on trailing times; StableDiffusionPipeline asks for it
     )
 
 
@@ -55,7 +65,7 @@ def plain_vae(codec: KL) -> AutoencoderKL:
     return vae
 
 
-def pipeline(denoiser: Denoiser, codec: Codec) -> DDIMPipeline | DiTPipeline:
+def pipeline(denoiser: Denoiser, codec: Codec, condition: Condition) -> DiffusionPipeline:
     """Return the diffusers pipeline of a denoiser.
 
     Raises:
@@ -66,6 +76,10 @@ def pipeline(denoiser: Denoiser, codec: Codec) -> DDIMPipeline | DiTPipeline:
     chain = isinstance(denoiser.interpolant, Discrete) and type(denoiser.prediction) in ROWS.values()
     if net.kind == "UNet2DModel" and chain and not net.classes and not isinstance(codec, KL):
         return DDIMPipeline(net.merged(), schedule(denoiser))
+    if net.kind == "UNet2DConditionModel" and chain and isinstance(codec, KL) and isinstance(condition, Prompts):
+        tokenizer, encoder = condition.parts
+        parts = (plain_vae(codec), encoder, tokenizer, net.merged(), schedule(denoiser), None, None)
+        return StableDiffusionPipeline(*parts, requires_safety_checker=False)
     flow = isinstance(denoiser.interpolant, Linear) and isinstance(denoiser.prediction, Velocity)
     if net.kind == "DiTTransformer2DModel" and (chain or flow) and isinstance(codec, KL):
         return DiTPipeline(net.merged(), plain_vae(codec), schedule(denoiser) if chain else flow_scheduler())
@@ -91,11 +105,12 @@ def compare(folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition
 
     In units of the largest number in our sample where that is over 1: a noise prediction's first step divides by alpha(1).
     """
-    kind = DiTPipeline if isinstance(codec, KL) else DDIMPipeline
-    pipe = kind.from_pretrained(folder, use_safetensors=True)
+    pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
-    labels = [i % condition.classes for i in range(4)] if isinstance(condition, ClassLabel) else None
-    told = condition(torch.tensor(labels)) if labels else None
+    raw = condition.asked(range(4))
+    told, labels = condition(raw), [] if raw is None else raw.tolist()
+    if isinstance(condition, Prompts):
+        labels = [condition.lines[i] for i in labels]
     found = {}
     for steps in (steps for steps in CHECKED if pipe.scheduler.config["num_train_timesteps"] % steps == 0):
         asked = {"num_inference_steps": steps, "output_type": "np", "generator": torch.manual_seed(seed)}
@@ -111,7 +126,7 @@ def compare(folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition
 
 def whole(folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition) -> dict[str, dict[str, float]]:
     """Write a run as the pipeline that its teacher was, and return how far its images lie from ours."""
-    pipeline(denoiser, codec).save_pretrained(folder)
+    pipeline(denoiser, codec, condition).save_pretrained(folder)
     assert isinstance(denoiser.net, Pretrained)
     if denoiser.net.lora:
         adapters(denoiser.net, folder / "lora")
@@ -134,6 +149,7 @@ def card(run: Path, steps: int, denoiser: Denoiser, worst: float, native: float)
     """Return the model card."""
     net = denoiser.net
     assert isinstance(net, Pretrained)
+    asked = '["a prompt"], guidance_scale=1.0, ' if net.tokens else "[0, 1], guidance_scale=1.0, " if net.classes else ""
     how = f"by adapters of rank {net.lora}, merged here and alone in lora/ (peft)" if net.lora else "whole"
     return f"""---
 library_name: diffusers
@@ -145,6 +161,7 @@ Recommended: num_inference_steps={steps}, without guidance.
 
     from diffusers import DiffusionPipeline
     pipe = DiffusionPipeline.from_pretrained("{run.name}")
+    images = pipe({asked}num_inference_steps={steps}).images
 
 Its images equal those of rectify's DDIM on the same grid to {worst:.1g} (on rectify's own uniform grid they differ by up to
 {native:.1g}).

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,10 @@ class Condition(ABC):
         `chance` draws uniform numbers (B,), by which each sample's condition is dropped on its own with the condition's
         dropout probability; without it (sampling) nothing is dropped.
         """
+
+    def asked(self, indices: range) -> Tensor | None:
+        """Return the raw conditions that are asked for at global indices, (n,): all there are in turn, or nothing."""
+        return None
 
 
 class Unconditional(Condition):
@@ -37,6 +42,9 @@ class ClassLabel(Condition):
         if not 0 <= dropout <= 1:
             raise ValueError(f"ClassLabel: dropout is {dropout}, it must lie in [0, 1]")
         self.classes, self.dropout = classes, dropout
+
+    def asked(self, indices: range) -> Tensor:
+        return torch.tensor(indices) % self.classes
 
     def __call__(self, raw: Tensor | None, chance: Callable[[], Tensor] | None = None) -> Tensor | None:
         if raw is None:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from models import codec as codecs
 from models.clock import Clock, Index, Scaled
 from models.codec import Codec
@@ -13,8 +15,11 @@ from models.denoiser import Denoiser
 from models.interpolant import Discrete, Interpolant, Linear
 from models.nets.pretrained import KINDS, Pretrained
 from models.prediction import Angular, Data, Noise, Prediction, Velocity
+from models.text import ENCODER, TOKENIZER, Prompts
+from models.text import KINDS as TEXTS
 
 INDEX = "model_index.json"
+APART = ("safety_checker", "feature_extractor")  # parts that look at finished images, which are not trained
 ROWS: dict[str, type[Prediction]] = {"epsilon": Noise, "v_prediction": Angular, "sample": Data}
 SCHEDULES: dict[str, Callable[[int, float, float, bool], Discrete]] = {
     "linear": Discrete.linear,
@@ -63,10 +68,16 @@ def components(folder: Path) -> tuple[Path, Path | None]:
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / INDEX}: not a readable index of a pipeline ({error})") from None
     networks = [name for name, kind in kinds.items() if kind in KINDS]
-    others = {name: kind for name, kind in kinds.items() if name not in ("scheduler", *networks) and kind != "AutoencoderKL"}
-    if len(networks) != 1 or others:
+    others = {name: kind for name, kind in kinds.items() if name not in ("scheduler", *networks, *APART)}
+    texts = {name for name, kind in others.items() if name in (TOKENIZER, ENCODER) and kind in TEXTS}
+    told = len(networks) == 1 and kinds[networks[0]] == "UNet2DConditionModel"
+    strange = [name for name, kind in others.items() if name not in texts and kind != "AutoencoderKL"]
+    if len(networks) != 1 or strange or len(texts) != 2 * told:
         what = f"a {parts.get('_class_name')} of {', '.join(map(str, kinds.values()))}"
-        raise ValueError(f"{folder}: is {what}; known here are a {' or '.join(KINDS)}, a scheduler, and an AutoencoderKL or none")
+        raise ValueError(
+            f"{folder}: is {what}; known here are a {' or '.join(KINDS)} (which CLIP tells texts), a scheduler, and an "
+            "AutoencoderKL or none"
+        )
     codec = next((folder / Path(name).name for name, kind in kinds.items() if kind == "AutoencoderKL"), None)
     return folder / Path(networks[0]).name, codec
 
@@ -75,16 +86,24 @@ def pretrained(folder: str, lora: int = 0) -> Denoiser:
     """Return the denoiser of a pipeline of diffusers, in its own form: what a student of it is, too.
 
     Args:
-        folder: the pipeline's folder, with a UNet2DModel or a DiTTransformer2DModel, and a scheduler.
+        folder: the pipeline's folder, with a scheduler and a UNet2DModel, a DiTTransformer2DModel, or a UNet2DConditionModel with
+            the CLIP that tells it texts (as in Stable Diffusion 1 and 2).
         lora: rank of adapters, which alone are trained; 0 trains all.
     """
     interpolant, prediction, clock = form(Path(folder) / "scheduler")
-    return Denoiser(Pretrained(str(components(Path(folder))[0]), lora), interpolant, prediction, clock)
+    network = components(Path(folder))[0]
+    texts = Prompts(folder) if (Path(folder) / ENCODER).is_dir() else None
+    net = Pretrained(str(network), lora, texts.shape[0] if texts else 0)
+    if texts:
+        net.nothing.copy_(texts.encode([""], torch.device("cpu"))[0])
+    return Denoiser(net, interpolant, prediction, clock)
 
 
 def load(folder: Path) -> tuple[Denoiser, Codec, Condition]:
     """Return (denoiser, codec, condition) of a pipeline's folder."""
     denoiser = pretrained(str(folder))
     codec = codecs.load(components(folder)[1])
-    classes: int = denoiser.net.classes  # type: ignore[assignment]
-    return denoiser.eval().requires_grad_(False), codec, ClassLabel(classes) if classes else Unconditional()
+    net = denoiser.eval().requires_grad_(False).net
+    assert isinstance(net, Pretrained)
+    condition = Prompts(str(folder)) if net.tokens else ClassLabel(net.classes) if net.classes else Unconditional()
+    return denoiser, codec, condition

@@ -13,9 +13,10 @@ from data.noise import scales
 from data.pairs import PairWriter
 from models import sampler as samplers
 from models import teacher as teachers
-from models.condition import ClassLabel, Condition
+from models.condition import Condition
 from models.denoiser import Denoiser
 from models.guidance import at
+from models.text import Prompts, prompted
 from trainer import job
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ Made = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 def asked(condition: Condition, indices: range, classes: int | None = None) -> Tensor | None:
     """Return the raw conditions asked at global indices: every class in turn, or the first so many; or nothing."""
-    return torch.tensor(indices) % (classes or condition.classes) if isinstance(condition, ClassLabel) else None
+    return torch.tensor(indices) % classes if classes else condition.asked(indices)
 
 
 def origin(denoiser: Denoiser) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def draw(
 ) -> Tensor:
     """Return, on the CPU, where a sampler, or its `invert`, leads from states (n, C, H, W), in batches.
 
-    Conditions are of shape (n,), the scale of guidance is one for all or (n,).
+    Conditions are of shape (n, ...), the scale of guidance is one for all or (n,).
     """
     ends = []
     for start in range(0, len(begin), batch):
@@ -88,6 +89,7 @@ def collect(
     batch: int = 256,
     store_noise: bool = False,
     classes: int | None = None,
+    prompts: Path | None = None,
     lease: float = 0.0,
 ) -> None:
     """Collect pairs from a teacher's EMA weights; any number of processes, restarts and kills gives the same bytes.
@@ -96,7 +98,7 @@ def collect(
     of the network, one sample each, guidance included (shards that a kill made necessary twice count once).
 
     Args:
-        teacher: a run folder or a checkpoint of ours.
+        teacher: a run folder or a checkpoint of ours, or the folder of a diffusers pipeline.
         out: folder for the pair set.
         pairs: how many to collect.
         steps: of the teacher's sampler.
@@ -109,6 +111,7 @@ def collect(
         batch: samples drawn at once.
         store_noise: keep each noise beside its sample too.
         classes: ask only for the first so many of the teacher's classes; by default for all, in turn.
+        prompts: what a teacher that is told texts is asked for: a text file, one prompt a line, all in turn. The set records it.
         lease: 0 deals shards out by rank. Else processes of any speed, that may join and leave, claim them in the folder, and
             one's claim is void when it has not been renewed for so many seconds (60, say).
     """
@@ -118,12 +121,15 @@ def collect(
         raise ValueError(f"guidance_max: {guidance_max}, it must be larger than guidance, {guidance}")
     state = job.start()
     denoiser, _, condition = teachers.load(teacher)
+    condition = prompted(condition, prompts, teacher)
     walk, told = getattr(samplers, sampler)(steps), guidance if guidance_max is None else [guidance, guidance_max]
     plan = {**origin(denoiser), "sampler": sampler, "steps": steps, "guidance": told, "batch": batch, "dtype": "float16"}
     if classes is not None:
         if not 1 <= classes <= getattr(condition, "classes", 0):
             raise ValueError(f"classes: {classes}; {teacher} knows {getattr(condition, 'classes', 0)}")
         plan["asked"] = classes
+    if isinstance(condition, Prompts):
+        plan["prompts"] = condition.digest
     writer = PairWriter(out, plan, pairs, seed, denoiser.shape, shard, store_noise)
 
     def make(number: int) -> Made:
@@ -133,6 +139,7 @@ def collect(
             None if guidance_max is None else scales(seed, indices, guidance, guidance_max),
         )
         eps, scale = writer.noise(number), guidance if w is None else w
-        return draw(walk, denoiser, eps, condition(raw), scale, batch, state.device), raw, eps, w
+        cond = condition(raw if raw is None else raw.to(state.device))
+        return draw(walk, denoiser, eps, cond, scale, batch, state.device), raw, eps, w
 
     fill(writer, make, state, lease, "collect", walk.nfe(at(denoiser, guidance_max or guidance)))

@@ -11,7 +11,7 @@ from data.pairs import PairWriter
 from models import sampler as samplers
 from models import teacher as teachers
 from models.codec import KL, Codec
-from models.condition import ClassLabel, Condition
+from models.condition import ClassLabel, Condition, Unconditional
 from models.denoiser import Denoiser
 from models.guidance import at
 from trainer import job
@@ -69,7 +69,8 @@ def invert(
 
     def make(number: int) -> Made:
         real = source.read(np.array(writer.shards.indices(number)))
-        raw = real.condition if isinstance(condition, ClassLabel) else None
-        return real.x, raw, draw(walk.invert, denoiser, real.x, condition(raw), guidance, batch, state.device), None
+        raw = None if isinstance(condition, Unconditional) else real.condition
+        cond = condition(raw if raw is None else raw.to(state.device))
+        return real.x, raw, draw(walk.invert, denoiser, real.x, cond, guidance, batch, state.device), None
 
     fill(writer, make, state, lease, "invert", walk.nfe(at(denoiser, guidance)))

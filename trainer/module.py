@@ -22,7 +22,9 @@ from models.condition import Condition, Unconditional
 from models.denoiser import Denoiser
 from models.guidance import Told
 from models.interpolant import expand
+from models.nets.pretrained import Pretrained
 from models.nets.reading import Reading
+from models.text import Prompts
 from trainer.draws import Draws
 from trainer.fsdp import local, shard
 from trainer.objectives import Matching, Objective
@@ -42,6 +44,20 @@ def inherit(denoiser: Denoiser, source: Denoiser) -> None:
     own, there = denoiser.state_dict(), source.state_dict()
     readings = tuple(f"{name}." for name, part in denoiser.named_modules() if isinstance(part, Reading))
     denoiser.load_state_dict({key: own[key] for key in own if key.startswith(readings)} | there)
+
+
+def answers(denoiser: Denoiser, condition: Condition | None) -> None:
+    """Refuse a condition that tells what the network does not read."""
+    net = denoiser.net
+    if getattr(net, "always_told", False) and getattr(condition, "dropout", 0):
+        raise ValueError("model.condition.dropout: this network has no label that means 'not told'; set it to 0")
+    here, there = getattr(net, "tokens", 0), condition.shape[0] if isinstance(condition, Prompts) else 0
+    if here != there:
+        raise ValueError(f"model.condition: tells texts of {there} tokens, the network reads {here} (0: none); give it Prompts")
+    if isinstance(condition, Prompts) and isinstance(net, Pretrained):
+        nothing = condition.encode([""], net.nothing.device)[0]
+        if nothing.shape != net.nothing.shape or not torch.allclose(nothing, net.nothing, atol=1e-3):
+            raise ValueError(f"model.condition.encoder: {condition.encoder} has not the text encoder of this network")
 
 
 class Rests(Callback):
@@ -81,8 +97,7 @@ class Generator(LightningModule):
         super().__init__()
         if recompute and objective and objective.derives:
             raise ValueError(f"model.recompute: {type(objective).__name__} differentiates the network forward; set it to false")
-        if getattr(denoiser.net, "always_told", False) and getattr(condition, "dropout", 0):
-            raise ValueError("model.condition.dropout: this network has no label that means 'not told'; set it to 0")
+        answers(denoiser, condition)
         self.recompute, self.compile_blocks = recompute, compile
         self.denoiser, self.objective = denoiser, objective or Matching()
         self.condition, self.initial = condition or Unconditional(), initial
@@ -180,6 +195,8 @@ class Generator(LightningModule):
                 source.agree(part, repr(getattr(self.denoiser, part)), "; to convert them set data.source.convert")
             if self.teacher_hash:
                 source.agree("teacher", self.teacher_hash)
+            if isinstance(self.condition, Prompts):
+                source.agree("prompts", self.condition.digest)
             self._note(source)
 
     def _note(self, source: Pairs) -> None:

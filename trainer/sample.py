@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from data.files import replacing
+from models.text import prompted
 from trainer import job
 from trainer.evaluate import Drawing, grid
 
@@ -20,8 +21,9 @@ def sample(
     seed: int = 3,
     sampler: job.Sampling = "DDIM",
     edges: list[float] | None = None,
+    prompts: Path | None = None,
 ) -> None:
-    """Draw images, every class in turn, from a run's EMA weights into one PNG.
+    """Draw images, every class or prompt in turn, from a run's EMA weights into one PNG.
 
     Args:
         run: run folder or checkpoint.
@@ -33,9 +35,12 @@ def sample(
         seed: of the noises.
         sampler: what walks from noise to data.
         edges: of a phased student's windows, falling from 1 to 0, if they are not equal: all are stepped on.
+        prompts: what a network that is told texts is asked for, one a line; by default what it was trained on.
     """
     if columns < 1 or count < 1 or count % columns:
         raise ValueError(f"count: {count} is not a positive multiple of columns ({columns})")
-    images, _ = Drawing(run, guidance, seed, job.start(), sampler, edges).images(range(count), steps)
+    drawing = Drawing(run, guidance, seed, job.start(), sampler, edges)
+    drawing.condition = prompted(drawing.condition, prompts, run)
+    images, _ = drawing.images(range(count), steps)
     with replacing(out) as temporary:
         grid(images, columns).save(temporary, "png")

@@ -1,4 +1,4 @@
-"""Networks of diffusers: any UNet2DModel or DiTTransformer2DModel, trained whole or by low-rank adapters."""
+"""Networks of diffusers: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, trained whole or by low-rank adapters."""
 
 import json
 from pathlib import Path
@@ -10,21 +10,25 @@ from torch import Tensor, nn
 from models.clock import Scaled
 from models.nets import Net
 
-KINDS = ("UNet2DModel", "DiTTransformer2DModel")
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # attention's layers, in both kinds
+KINDS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # attention's layers, in all kinds
+OTHERWISE = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds", "time_cond_proj_dim")  # told
 BASE, LORA = ".base_layer.", ".lora_"  # in the names that peft gives to a layer's own weights and to its adapter's
 
 
 class Pretrained(Net):
-    """A backbone of diffusers, told its own classes.
+    """A backbone of diffusers, told its own classes, or texts.
 
     Args:
         config: its folder (config.json and safetensors weights, as in a pipeline's folder), or the text of that config.json: the
             network without its weights, as a checkpoint rebuilds it.
         lora: rank of adapters on the attention's layers (LoRA, 2106.09685), which alone are trained; 0 trains all.
+        tokens: of the texts that a UNet2DConditionModel is told; its `nothing`, (tokens, channels), is what it is told of none.
     """
 
-    def __init__(self, config: str, lora: int = 0):
+    nothing: Tensor
+
+    def __init__(self, config: str, lora: int = 0, tokens: int = 0):
         super().__init__()
         folder = None if config.lstrip().startswith("{") else Path(config)
         try:
@@ -35,20 +39,32 @@ class Pretrained(Net):
             raise ValueError(f"{folder or 'Pretrained'}: its config is not valid JSON ({error})") from None
         kind = told.get("_class_name") if isinstance(told, dict) else None
         if kind not in KINDS:
-            raise ValueError(f"{folder or 'Pretrained'}: is a {kind}, Pretrained knows {' and '.join(KINDS)}")
+            raise ValueError(f"{folder or 'Pretrained'}: is a {kind}, Pretrained knows {', '.join(KINDS)}")
         plain = {key: value for key, value in told.items() if key == "_class_name" or not key.startswith("_")}
-        self.config, self.lora, self.kind, self.clock = json.dumps(plain, sort_keys=True), lora, kind, Scaled(1000.0)
+        self.config, self.lora, self.tokens = json.dumps(plain, sort_keys=True), lora, tokens
+        self.kind, self.clock = kind, Scaled(1000.0)
         self.model = self._made(kind, folder, plain)
-        whole: dict[str, Any] = dict(self.model.config)  # type: ignore[arg-type]
-        self.size, self.channels, out = whole["sample_size"], whole["in_channels"], whole["out_channels"] or whole["in_channels"]
-        if not isinstance(self.size, int):
-            raise ValueError(f"{folder or kind}: its sample_size is {self.size}, Pretrained knows one number, of squares")
-        if out != self.channels and not (kind == "DiTTransformer2DModel" and out == 2 * self.channels):
-            raise ValueError(f"{folder or kind}: puts out {out} channels for {self.channels}, wanted as many as come in")
-        self.classes = whole.get("num_class_embeds" if kind == "UNet2DModel" else "num_embeds_ada_norm") or 0
-        self.always_told = kind == "UNet2DModel" and self.classes > 0  # it has no label that means "not told"
+        self._read(folder or kind, dict(self.model.config))  # type: ignore[arg-type]
         if lora:
             self._adapt()
+
+    def _read(self, where: Path | str, whole: dict[str, Any]) -> None:
+        """Take from a whole config what states and conditions are like; refuse what is not known here, naming where it is."""
+        if (self.kind == "UNet2DConditionModel") != (self.tokens > 0):
+            raise ValueError(f"{where}: is a {self.kind} and tokens is {self.tokens}; a UNet2DConditionModel alone is told texts")
+        if self.tokens:
+            if more := [key for key in OTHERWISE if whole[key] is not None]:
+                raise ValueError(f"{where}: is told more than a text ({more[0]}: {whole[more[0]]}), Pretrained knows texts alone")
+            if not isinstance(width := whole["cross_attention_dim"], int):
+                raise ValueError(f"{where}: its cross_attention_dim is {width}, Pretrained knows one number")
+            self.register_buffer("nothing", torch.zeros(self.tokens, width))
+        self.size, self.channels, out = whole["sample_size"], whole["in_channels"], whole["out_channels"] or whole["in_channels"]
+        if not isinstance(self.size, int):
+            raise ValueError(f"{where}: its sample_size is {self.size}, Pretrained knows one number, of squares")
+        if out != self.channels and not (self.kind == "DiTTransformer2DModel" and out == 2 * self.channels):
+            raise ValueError(f"{where}: puts out {out} channels for {self.channels}, wanted as many as come in")
+        self.classes = whole.get("num_embeds_ada_norm" if self.kind == "DiTTransformer2DModel" else "num_class_embeds") or 0
+        self.always_told = self.kind == "UNet2DModel" and self.classes > 0  # it has no label that means "not told"
 
     def train(self, mode: bool = True) -> "Pretrained":
         """Leave diffusers' own dropout off: it hides labels by the global generator's numbers; `ClassLabel` draws its own."""
@@ -85,6 +101,9 @@ class Pretrained(Net):
             if self.always_told and cond is None:
                 raise ValueError("Pretrained: this UNet2DModel must be told a class; it has none that means 'not told'")
             return self.model(x_t, clock, class_labels=cond if self.classes else None).sample
+        if self.tokens:
+            text = self.nothing.expand(len(x_t), -1, -1) if cond is None else cond
+            return self.model(x_t, clock, encoder_hidden_states=text).sample
         label = torch.full_like(clock, self.classes, dtype=torch.long) if cond is None else cond
         return self.model(x_t, clock, class_labels=label).sample[:, : self.channels]
 

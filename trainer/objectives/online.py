@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from data.noise import noise
-from models.condition import ClassLabel
+from models.condition import ClassLabel, Unconditional
 from models.sampler import DDIM, DenoiserLike
 from trainer.collect import asked
 from trainer.draws import Draws
@@ -32,6 +32,8 @@ class Online(Objective):
     def __init__(self, teacher: Frozen, inner: Objective, share: float = 1.0, steps: int = 32, seed: int = 1):
         if not 0 < share <= 1:
             raise ValueError(f"Online: share is {share}, it must lie in (0, 1]; for none use the inner objective alone")
+        if not isinstance(teacher.condition, ClassLabel | Unconditional):
+            raise ValueError(f"Online: {teacher.run} is told texts, which no step asks; collect its pairs with `rectify collect`")
         self.teacher, self.inner, self.share, self.walk, self.seed = teacher, inner, share, DDIM(steps), seed
         self.derives, self.rate = inner.derives, inner.rate
 

@@ -1,0 +1,221 @@
+"""Teachers that are told texts, as Stable Diffusion is: their pairs, their students, and back to plain diffusers."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+from data.files import read_json
+from data.pairs import PairSet
+from deploy.cli import main
+from models import teacher
+from models.nets.pretrained import Pretrained
+from models.sampler import DDIM
+from models.text import Prompts
+from trainer.module import Generator
+
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'rectify[text]'")
+
+REPOSITORY = Path(__file__).parent.parent.parent
+TEXTS = ["a red dog", "a cat", "3 birds on a wire", "", "zebra"]
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+PLAIN = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+assert not {"models", "data", "trainer", "deploy"} & set(sys.modules), "code of ours was loaded"
+pipe.set_progress_bar_config(disable=True)
+asked = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "np", "generator": torch.manual_seed(7)}
+torch.save(torch.from_numpy(pipe(["zebra", "a cat"], **asked).images), sys.argv[2])
+"""
+
+
+def unet(**changes):
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+    }
+    sizes = {"sample_size": 8, "layers_per_block": 1, "cross_attention_dim": 16, "attention_head_dim": 4}
+    torch.manual_seed(0)
+    net = UNet2DConditionModel(**{**blocks, **sizes, **changes})
+    for name, value in net.named_parameters():
+        if "attn2.to_out.0.weight" in name:
+            torch.nn.init.normal_(value)  # texts matter
+    return net
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline as others publish it, with random weights: a tokenizer of letters, twelve tokens, latents of 4 x 8 x 8."""
+    path = tmp_path_factory.mktemp("published")
+    words = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    (path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(str(path / "vocab.json"), str(path / "merges.txt"), model_max_length=12)
+    ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    encoder = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(vocab_size=len(words), max_position_embeddings=12, **small, **ends)
+    )
+    for value in encoder.parameters():
+        torch.nn.init.normal_(value, std=0.3)  # texts differ much
+    pair = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.5, **pair)
+    schedule = PNDMScheduler(skip_prk_steps=True, steps_offset=1, **BETAS)
+    parts = (vae, encoder, tokenizer, unet(), schedule, None, None)
+    StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(path / "teacher")
+    return path / "teacher"
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "prompts.txt"
+    path.write_text("\n".join(TEXTS) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pairs(folder, prompts, tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "set"
+    words = ["--prompts", str(prompts), "--pairs", "16", "--steps", "5", "--guidance", "5"]
+    assert main(["collect", "--teacher", str(folder), "--out", str(path), *words]) == 0
+    return path
+
+
+def test_pairs_are_what_the_pipeline_itself_draws(folder, pairs):
+    """Plain Stable Diffusion, guided at the same scale, from the same noises, told the same texts, each its own."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    pipe.scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing", steps_offset=1, **BETAS)
+    pipe.set_progress_bar_config(disable=True)
+    rows = [PairSet(pairs)[i] for i in range(16)]
+    assert [row["condition"] for row in rows] == [i % 5 for i in range(16)]
+    sigma = teacher.load(folder)[0].interpolant(torch.ones(()))[1]  # where a chain ends: not quite 1
+    eps, asked = sigma * torch.stack([row["noise"] for row in rows]), [TEXTS[row["condition"]] for row in rows]
+    ours, told = torch.stack([row["sample"] for row in rows]), {"guidance_scale": 5.0, "num_inference_steps": 5}
+    theirs = pipe(asked, latents=eps, output_type="latent", **told).images
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2)
+    asked = [TEXTS[(row["condition"] + 1) % 5] for row in rows]
+    other = pipe(asked, latents=eps, output_type="latent", **told).images
+    assert ((other - theirs).flatten(1).norm(dim=1) > 10 * (ours - theirs).flatten(1).norm(dim=1)).all()
+
+
+def test_no_text_is_the_empty_one(folder, prompts):
+    denoiser, _, condition = teacher.load(folder)
+    x_t, t = torch.randn(3, 4, 8, 8), torch.tensor([0.2, 0.5, 1.0])
+    told = condition.of(prompts)
+    with torch.no_grad():
+        nothing, empty, cat = (
+            denoiser(x_t, t, cond)[1] for cond in (None, told(torch.tensor([3] * 3)), told(torch.ones(3).long()))
+        )
+    torch.testing.assert_close(nothing, empty)
+    assert (nothing - cat).abs().max() > 1e-3
+    hidden = Prompts(str(folder), str(prompts), dropout=0.5)(torch.tensor([0, 1, 4]), lambda: torch.tensor([0.4, 0.6, 0.1]))
+    torch.testing.assert_close(hidden, told(torch.tensor([3, 1, 3])))
+
+
+def train(monkeypatch, tmp_path, folder, pairs, prompts, *words):
+    """Train by the published configuration, in a folder in which it finds what it names; return its run."""
+    (runs := tmp_path / "runs/text").mkdir(parents=True, exist_ok=True)
+    for name, place in (("teacher", folder), ("pairs", pairs), ("prompts.txt", prompts)):
+        if not (runs / name).exists():
+            (runs / name).symlink_to(place)
+    monkeypatch.chdir(tmp_path)
+    short = ["--data.batch", "8", "--optimizer.lr", "0.01", "--trainer.logger", "false", "--trainer.accelerator", "cpu"]
+    config = ["--config", str(REPOSITORY / "configs/text/student.yaml")]
+    assert main(["fit", *config, *short, "--trainer.callbacks.init_args.decay", "0.5", *words]) == 0
+    return runs / "student"
+
+
+def ours(run, prompts):
+    denoiser, codec, condition = teacher.load(run)
+    told = condition.of(prompts)(torch.tensor([4, 1]))
+    x = DDIM(4).walk(denoiser, torch.randn(2, 4, 8, 8, generator=torch.manual_seed(7)), told)[-1]
+    return (codec.decode(x) / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_student_goes_back_to_plain_stable_diffusion(folder, prompts, pairs, tmp_path, monkeypatch, lora):
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'rectify[lora]'") if lora else None
+    run = train(monkeypatch, tmp_path, folder, pairs, prompts, "--trainer.max_steps", "3", "--model.denoiser.lora", str(lora))
+    assert main(["export", "--run", str(run), "--out", "runs/text/export", "--steps", "4"]) == 0
+    out = tmp_path / "runs/text/export"
+    subprocess.run([sys.executable, "-P", "-c", PLAIN, str(out), str(tmp_path / "theirs.pt")], check=True, cwd=tmp_path)
+    theirs = torch.load(tmp_path / "theirs.pt", weights_only=True).permute(0, 3, 1, 2)
+    torch.testing.assert_close(theirs, ours(run, prompts), rtol=0, atol=1e-4)
+    assert (ours(run, prompts) - ours(folder, prompts)).abs().max() > 1e-3
+    assert read_json(out / "export.json")["max_abs_diff"] < 1e-4 and '["a prompt"]' in (out / "README.md").read_text()
+    if peft:
+        base = UNet2DConditionModel.from_pretrained(folder / "unet")
+        adapted = peft.PeftModel.from_pretrained(base, out / "lora").eval()
+        merged = UNet2DConditionModel.from_pretrained(out / "unet").eval()
+        asked = (torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 12, 16))
+        with torch.no_grad():
+            torch.testing.assert_close(adapted(*asked).sample, merged(*asked).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_goes_on_where_it_was(folder, prompts, pairs, tmp_path, monkeypatch):
+    more = ("--trainer.precision", "32-true", "--model.condition.dropout", "0.3")
+    (tmp_path / "whole").mkdir()
+    undisturbed = train(monkeypatch, tmp_path / "whole", folder, pairs, prompts, "--trainer.max_steps", "4", *more)
+    train(monkeypatch, tmp_path, folder, pairs, prompts, "--trainer.max_steps", "2", *more)
+    parts = train(monkeypatch, tmp_path, folder, pairs, prompts, "--trainer.max_steps", "4", *more)
+    one, two = (teacher.read(teacher.newest(run)) for run in (undisturbed, parts))
+    for part in ("state_dict", "ema"):
+        assert all(torch.equal(value, two[part][key]) for key, value in one[part].items())
+
+
+def test_images_are_drawn_of_prompts(folder, prompts, tmp_path, capfd):
+    words = ["sample", "--run", str(folder), "--steps", "1", "--count", "10", "--out", str(tmp_path / "drawn.png")]
+    assert main([*words, "--prompts", str(prompts)]) == 0 and (tmp_path / "drawn.png").stat().st_size
+    assert main(words) == 2 and "is told texts; give them" in capfd.readouterr().err
+
+
+def test_what_does_not_fit_is_one_line(folder, prompts, pairs, workspace, tmp_path, capfd):
+    def refused(said, *words):
+        assert main(list(map(str, words))) == 2
+        lines = capfd.readouterr().err.strip().splitlines()
+        assert lines[-1].startswith("rectify: error: ") and said in lines[-1] and "Traceback" not in "".join(lines)
+
+    collect = ("collect", "--out", tmp_path / "x", "--pairs", "8", "--steps", "1", "--teacher")
+    refused("is told texts; give them", *collect, folder)
+    refused("is told no texts; leave them out", *collect, workspace.path / "runs/demo/teacher", "--prompts", prompts)
+    for name, text, said in (("none.txt", b"", "holds no prompt"), ("latin.txt", b"\xe9\n", "not UTF-8")):
+        (tmp_path / name).write_bytes(text)
+        refused(said, *collect, folder, "--prompts", tmp_path / name)
+    refused("No such file", *collect, folder, "--prompts", tmp_path / "missing.txt")
+    shutil.copytree(folder, tmp_path / "bare")
+    shutil.rmtree(tmp_path / "bare/tokenizer")
+    refused("no readable tokenizer and text_encoder", *collect, tmp_path / "bare", "--prompts", prompts)
+    (tmp_path / "other.txt").write_text("a dog\n")
+    fit = ("fit", "--config", REPOSITORY / "configs/text/student.yaml", "--out", tmp_path / "run", "--trainer.logger", "false")
+    fit += ("--model.denoiser.folder", folder, "--model.initial", folder, "--model.codec", folder / "vae", "--data.batch", "8")
+    fit += ("--model.condition.encoder", folder, "--data.source.path", pairs, "--trainer.accelerator", "cpu")
+    refused("collected with prompts", *fit, "--model.condition.path", tmp_path / "other.txt")
+    refused("the network reads 12", *fit, "--model.condition", "Unconditional")
+
+
+def test_networks_that_are_told_more_are_refused(folder, tmp_path):
+    net = unet(addition_embed_type="text", addition_embed_type_num_heads=2)
+    net.save_pretrained(tmp_path / "more")
+    with pytest.raises(ValueError, match="told more than a text"):
+        Pretrained(str(tmp_path / "more"), tokens=12)
+    with pytest.raises(ValueError, match="tokens is 0"):
+        Pretrained(str(folder / "unet"))
+    denoiser = teacher.load(folder)[0]
+    shutil.copytree(folder, tmp_path / "other")
+    encoder = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
+    torch.nn.init.normal_(encoder.get_input_embeddings().weight)
+    encoder.save_pretrained(tmp_path / "other/text_encoder")
+    Generator(denoiser, condition=Prompts(str(folder)))
+    with pytest.raises(ValueError, match="has not the text encoder"):
+        Generator(denoiser, condition=Prompts(str(tmp_path / "other")))
