@@ -22,6 +22,7 @@ class Denoiser(nn.Module):
     """
 
     guidance: float | list[float] | None = None  # of the pairs that it was trained on, one scale or [low, high], if known
+    averages: dict[str, Tensor] | None = None  # of its weights, by the names of its state_dict, in a run that keeps them (EMA)
     spent = 0  # network evaluations, one of one sample each, of all denoisers in this process so far: what methods cost
 
     def __init__(self, net: nn.Module, interpolant: Interpolant, prediction: Prediction, clock: Clock | None = None):

@@ -1,9 +1,11 @@
 """Consistency and progressive distillation run by their configurations, on the demo's artefacts."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from deploy.cli import main
@@ -59,3 +61,17 @@ def test_what_cannot_be_is_one_line(fit, capfd, name, words, said):
     assert fit(name, *words) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rectify: error: ")]
     assert len(lines) == 1 and said in lines[0]
+
+
+def test_a_target_that_is_an_average_goes_on_where_it_was(fit, tmp_path):
+    """Two steps and then a third give what three give: averages are read back before they are asked."""
+    averaged = (f"{OBJECTIVE}.target", "Averaged", "--trainer.max_steps")
+    kept = {}
+    for steps in (("3",), ("2", "3")):
+        for until in steps:
+            assert not fit("consistency", *averaged, until)
+        kept[steps] = teacher.read(teacher.newest(tmp_path / "run"))
+        shutil.rmtree(tmp_path / "run")
+    one, two = kept.values()
+    for part in ("state_dict", "ema"):
+        assert all(torch.equal(value, two[part][key]) for key, value in one[part].items())

@@ -18,6 +18,7 @@ from tests.students import Asked, Bent, Told, coupled, loss
 from trainer.draws import Draws
 from trainer.errors import Squared
 from trainer.objectives import Consistency
+from trainer.objectives.frozen import Averaged
 from trainer.times import LogNormalSigma
 from trainer.weights import EDM
 
@@ -203,3 +204,25 @@ def test_what_cannot_be_is_refused_in_one_line(make, said):
     with pytest.raises(ValueError, match=said) as refused:
         make()
     assert "\n" not in str(refused.value)
+
+
+def test_the_target_may_be_the_students_average():
+    """Of weights like its own it is the student's own target; of others it is theirs, and no gradient reaches them."""
+    torch.manual_seed(0)
+    student, other = (Denoiser(DiT(2, 1, 1, 16, 1, 2), Linear(), Velocity()).double() for _ in range(2))
+    for value in (*student.parameters(), *other.parameters()):
+        torch.nn.init.normal_(value, std=0.1)
+    plain, own = Consistency(steps=8, error=Squared()), Consistency(steps=8, error=Squared(), target=Averaged())
+    with pytest.raises(ValueError, match="give it the callback EMA"):
+        loss(own, student)
+    student.averages = {key: value.clone() for key, value in student.state_dict().items()}
+    assert torch.equal(loss(own, student), loss(plain, student))
+    student.averages = dict(other.state_dict(keep_vars=True))
+    found, (x, eps), form = loss(own, student), coupled(), student.interpolant
+    torch.manual_seed(0)
+    t, s, e = plain._times(form, x, None)
+    jump, target = (Walk(net, None).ddim(form.mix(x, eps, at), at, e) for net, at in ((student, t), (other, s)))
+    target = target.where((s > e).view(-1, 1, 1, 1), x)
+    torch.testing.assert_close(found, ((jump - target).square() / (8 * (t - s)).view(-1, 1, 1, 1)).mean(), rtol=1e-6, atol=0)
+    found.backward()
+    assert all(value.grad is None for value in other.parameters())

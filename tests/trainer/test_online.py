@@ -16,7 +16,7 @@ from tests.teachers import SHAPE, denoiser, saved
 from trainer.collect import collect
 from trainer.draws import Draws
 from trainer.objectives import Matching, Objective, Online
-from trainer.objectives.frozen import Frozen
+from trainer.objectives.frozen import Averaged, Frozen
 
 COUNT, BATCH = 48, 16
 GUIDANCE = 2.0
@@ -66,6 +66,18 @@ def test_the_same_seeds_give_the_stored_sets_pairs(place):
             assert torch.equal(found, wanted)
         again = Matching()(denoiser(seed=1), expected.x, expected.noise, expected.condition, Draws(batch(step)))
         assert torch.equal(loss, again) and torch.equal(objective.seen[1], objective.inner.seen[1])
+
+
+def test_the_students_average_is_a_teacher_too(place):
+    """It draws what a frozen copy of those weights draws, and the student's own weights stay as they are."""
+    student, frozen = denoiser(seed=1), online(place)
+    student.averages, before = dict(denoiser().state_dict()), {key: value.clone() for key, value in student.state_dict().items()}
+    own = Online(Averaged(GUIDANCE, frozen.teacher.condition), Recorded(), steps=3, seed=11)
+    losses = [work(objective, 0, student=student) for objective in (frozen, own)]
+    assert torch.equal(*losses) and torch.equal(frozen.inner.given[0][0], own.inner.given[0][0])
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+    with pytest.raises(ValueError, match="keeps no average"):
+        work(own, 0)
 
 
 def test_ranks_draw_their_slices_of_them(place):

@@ -56,6 +56,7 @@ class EMA(Callback):
         for name in ("", *self.powers):
             kept = self.averages.get(name)
             self.averages[name] = {k: alike(kept[k] if kept else v, v) for k, v in now.items()}
+        pl_module.denoiser.averages = self.averages[""]  # type: ignore[union-attr]  # for objectives that ask them
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:

@@ -8,7 +8,7 @@ from models.sampler import DenoiserLike, Walk
 from trainer.draws import Draws, uniform
 from trainer.errors import Error, PseudoHuber
 from trainer.objectives.base import Objective
-from trainer.objectives.frozen import Frozen, carry
+from trainer.objectives.frozen import Averaged, Frozen, carry
 from trainer.times import Times, Uniform
 from trainer.weights import Weight
 
@@ -19,7 +19,7 @@ class Consistency(Objective):
     f is the student's jump to an end e, `mix(x_hat, eps_hat, e)`: a taught one, or a DDIM step of a network that reads one time.
     f(x_e, e) = x_e whatever the network says, because the solve keeps x_t = mix(x_hat, eps_hat, t). This does what c_skip and
     c_out are for, on every interpolant and row; with the row Karras they are it (2303.01469, appendix C). The target f(x_s, s)
-    is the student's own, without gradient (2310.14189, section 3.2).
+    is the student's own, without gradient (2310.14189, section 3.2), or its average's (2303.01469).
 
     A teacher carries x_t to x_s: consistency distillation. Without one, x_s is made of the same data and noise: consistency
     training; on pairs both states lie on the pair's chord. Errors count as 1 / (t - s), which is 1 until N doubles (2310.14189,
@@ -36,6 +36,7 @@ class Consistency(Objective):
         solves: the teacher's steps from t to s.
         doublings: how often N doubles in training (2310.14189, section 3.4).
         every: training steps before N doubles.
+        target: whose jump from x_s is the target: the student's average; none for the student itself.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Consistency(Objective):
         solves: int = 1,
         doublings: int = 0,
         every: int = 1000,
+        target: Averaged | None = None,
     ):
         if min(steps, windows, solves, every) < 1 or doublings < 0:
             raise ValueError(
@@ -62,7 +64,7 @@ class Consistency(Objective):
             )
         self.teacher, self.steps, self.windows, self.drawn = teacher, steps, windows, drawn
         self.times, self.weight, self.error = times or Uniform(), weight, error or PseudoHuber(power=0.5)
-        self.solves, self.doublings, self.every = solves, doublings, every
+        self.solves, self.doublings, self.every, self.target = solves, doublings, every, target
 
     def __call__(
         self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, cond: Tensor | None = None, draws: Draws | None = None
@@ -79,8 +81,9 @@ class Consistency(Objective):
             x_s = interpolant.mix(x, eps, s)
             if self.teacher:
                 x_s = carry(self.teacher.on(denoiser, x), x_t, t, s, cond, self.solves)
+            own = Walk(self.target.on(denoiser, x), cond) if self.target else walk
             arrived = s == e  # f(x_e, e) = x_e needs no network, whose row may be singular there: t stands in
-            target = x_s.where(expand(arrived, x), walk.ddim(x_s, t.where(arrived, s), e))
+            target = x_s.where(expand(arrived, x), own.ddim(x_s, t.where(arrived, s), e))
         errors = self.error(jump - target)
         errors = errors / expand(self.steps * (t - s), errors)
         if self.weight:

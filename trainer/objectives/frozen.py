@@ -1,16 +1,18 @@
-"""Teachers inside objectives: asked, never trained, never in checkpoints; and the way that they carry a state."""
+"""Teachers inside objectives, asked and never trained: frozen ones, or the student's average; how they carry a state."""
 
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from models import teacher as teachers
 from models.codec import Codec
-from models.condition import Condition
+from models.condition import Condition, Unconditional
 from models.denoiser import Denoiser
 from models.guidance import Guided
 from models.interpolant import Interpolant
+from models.prediction import Prediction
 from models.sampler import DDIM, DenoiserLike, Walk
 
 
@@ -42,6 +44,64 @@ class Frozen:
         if here != there:
             raise ValueError(f"{self.run}: the teacher is on {there}, the student on {here}; give both the same interpolant")
         return Guided(self.denoiser.to(like.device), self.guidance)
+
+
+class Average(nn.Module):
+    """A denoiser with the averages of its weights in their place.
+
+    Args:
+        denoiser: whose `averages` the EMA callback keeps.
+    """
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__()
+        if denoiser.averages is None:
+            raise ValueError("Averaged: the run keeps no average of its weights; give it the callback EMA")
+        self.denoiser, self.averages = denoiser, denoiser.averages
+        if any(isinstance(value, DTensor) for value in self.averages.values()):
+            raise ValueError("Averaged: the weights are sharded; train with another trainer.strategy than fsdp2")
+
+    @property
+    def interpolant(self) -> Interpolant:
+        """The denoiser's own interpolant."""
+        return self.denoiser.interpolant
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the denoiser's network predicts."""
+        return self.denoiser.prediction
+
+    @property
+    def jumps(self) -> bool:
+        """Whether the denoiser reads a second time."""
+        return self.denoiser.jumps
+
+    def forward(self, *states: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return (x_hat, eps_hat), shapes (B, C, H, W)."""
+        return torch.func.functional_call(self.denoiser, self.averages, states)
+
+
+class Averaged:
+    """The student's own average, moving as it learns, where a teacher is asked: that of the callback EMA.
+
+    Args:
+        guidance: scale w of u + w (c - u) at which it is asked.
+        condition: what it is asked for where no batch says it (Online): the student's own condition.
+    """
+
+    run = "the student's average"
+
+    def __init__(self, guidance: float = 1.0, condition: Condition | None = None):
+        self.guidance, self.condition = guidance, condition or Unconditional()
+
+    def on(self, student: DenoiserLike, like: Tensor, interpolant: Interpolant | None = None) -> Guided:
+        """Return the guided average.
+
+        Raises:
+            ValueError: the run keeps none, or in shards.
+        """
+        own = Average(getattr(student, "denoiser", student))  # type: ignore[arg-type]  # within one that is told a scale
+        return Guided(own, self.guidance)
 
 
 @torch.no_grad()

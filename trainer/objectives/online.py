@@ -11,7 +11,7 @@ from models.sampler import DDIM, DenoiserLike
 from trainer.collect import asked
 from trainer.draws import Draws
 from trainer.objectives.base import Objective
-from trainer.objectives.frozen import Frozen
+from trainer.objectives.frozen import Averaged, Frozen
 
 
 class Online(Objective):
@@ -22,14 +22,14 @@ class Online(Objective):
     differ in size). No two steps share a pair. The other steps, and held-out batches, take the batch as it comes.
 
     Args:
-        teacher: draws the pairs, at its guidance; each costs `steps` of its evaluations.
+        teacher: draws the pairs, at its guidance; each costs `steps` of its evaluations. Averaged: the student's own average.
         inner: the loss of the pairs, and of the batch as it comes.
         share: of the steps that draw their own pairs, in (0, 1], spread evenly.
         steps: of DDIM.
         seed: of the noises; keep it apart from the seeds of evaluation.
     """
 
-    def __init__(self, teacher: Frozen, inner: Objective, share: float = 1.0, steps: int = 32, seed: int = 1):
+    def __init__(self, teacher: Frozen | Averaged, inner: Objective, share: float = 1.0, steps: int = 32, seed: int = 1):
         if not 0 < share <= 1:
             raise ValueError(f"Online: share is {share}, it must lie in (0, 1]; for none use the inner objective alone")
         if not isinstance(teacher.condition, ClassLabel | Unconditional):
