@@ -26,6 +26,7 @@ VERBS = {
     "consolidate": ("trainer.consolidate:consolidate", "write a checkpoint, sharded or not, as one safetensors file"),
     "delta": ("trainer.delta:delta", "write a student as its difference from its base, or apply one to a fine-tune of it"),
     "picture": ("trainer.picture:picture", "draw how noise is carried to data, in the plane or on a line, for the eye"),
+    "plane": ("trainer.picture.forms:plane", "measure rectification of every form on a law of the plane, over seeds"),
     "report": ("trainer.report:report", "write summary.json and a self-contained report.html of a pipeline's folder"),
     "table": ("trainer.report.spread:table", "tabulate evaluations of models that were trained with several seeds"),
     "results": ("trainer.report.claims:results", "tabulate what a pipeline found of the field's claims, with costs"),

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from data.files import replacing
-from models.text import prompted
 from trainer import job
 from trainer.evaluate import Drawing, grid
 
@@ -39,8 +38,6 @@ def sample(
     """
     if columns < 1 or count < 1 or count % columns:
         raise ValueError(f"count: {count} is not a positive multiple of columns ({columns})")
-    drawing = Drawing(run, guidance, seed, job.start(), sampler, edges)
-    drawing.condition = prompted(drawing.condition, prompts, run)
-    images, _ = drawing.images(range(count), steps)
+    images, _ = Drawing(run, guidance, seed, job.start(), sampler, edges, prompts).images(range(count), steps)
     with replacing(out) as temporary:
         grid(images, columns).save(temporary, "png")

@@ -1,6 +1,7 @@
 """The field's claims: their pipeline in its quick form, every method that it trains, and what is told of them."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from data.files import read_json, write_json
 from deploy.cli import main
 from deploy.run import command, load
 from tests.conftest import REPOSITORY
+from trainer.picture import forms
 from trainer.report.claims import Costs, gather, markdown
 
 PIPELINE, CLAIMS = (REPOSITORY / "configs/claims" / name for name in ("pipeline.yaml", "claims.yaml"))
@@ -40,6 +42,8 @@ def test_the_quick_form_tries_every_claim(workspace, tmp_path, monkeypatch, insi
     text, found = (out / "results.md").read_text(), read_json(out / "results.json")
     assert all(f"## {name}. {claim['title']}" in text for name, claim in named().items())
     assert {row["claim"] for row in found["rows"]} >= set("abcef") and "Not evaluated yet: " in text
+    assert "\n## In the plane\n" in text and forms.markdown(found["plane"]) in text
+    assert found["plane"] == read_json(out / "plane/plane.json") and len(found["plane"]["rows"]) == 2 * len(forms.FORMS)
     assert (out / "results.png").stat().st_size > 10_000
     for stage in STAGES:
         verb = next(key for key in stage if key not in deploy.run.APART)
@@ -125,6 +129,34 @@ def test_results_are_medians_over_seeds_with_what_they_cost(pipeline):
     assert "- student: 800 (0.80)\n- second: 1,000 (1.00)" in text
 
 
+FLAT = {"straightness": {"0": 0.5}, "first_orderness": {"0": 0.25}, "form": "Linear + Velocity"}
+BEFORE = {**FLAT, "when": "before", "evaluations": {"0": 100}, "energy": {"1": {"0": 0.75}, "64": {"0": 0.002}}}
+AFTER = {**FLAT, "when": "after", "evaluations": {"0": 250}, "energy": {"1": {"0": 0.003}, "64": {"0": 0.002}}}
+FIGURES = {"format": 1, "law": "two_moons", "updates": 1500, "samples": 4000, "rows": [BEFORE, AFTER]}
+
+
+def test_the_plane_is_a_section_where_it_was_measured(pipeline, tmp_path, capfd):
+    file, out, measured = tmp_path / "claims.yaml", tmp_path / "results.md", pipeline / "plane/plane.json"
+    words = ["results", "--run", str(pipeline), "--claims", str(file), "--out", str(out)]
+    file.write_text(yaml.safe_dump({"claims": {"x": claim()}}))
+    assert main(words) == 0 and "plane" not in out.read_text() + out.with_suffix(".json").read_text()
+    without = out.read_text()
+    write_json(measured, FIGURES)
+    assert main(words) == 0 and read_json(out.with_suffix(".json"))["plane"] == FIGURES
+    text = out.read_text()
+    assert text.startswith(without) and "\n## In the plane\n" in text, "the claims' parts are what they were"
+    assert "| form | | 1 step | 64 steps | first-order | straight |\n|---|---|---|---|---|---|\n" in text
+    assert "| Linear + Velocity | after | 0.003 (0.003 to 0.003) | 0.002 (0.002 to 0.002) | 0.25 (" in text
+    assert "each seed: 100 before, 250 after, pairs included (2.50)." in text
+    out.write_text(text + "\nWhat I found.\n")
+    write_json(measured, {**FIGURES, "rows": [{**AFTER, "energy": {"1": {"0": "much"}}}]})
+    assert main(words) == 2 and "plane.json: rows[0]: energy: 1: 0: is 'much'" in capfd.readouterr().err
+    measured.unlink()
+    assert main(words) == 0 and "Not measured yet: `rectify plane" in out.read_text()
+    assert out.read_text().endswith("\nWhat I found.\n") and "| form |" not in out.read_text()
+    assert "plane" not in read_json(out.with_suffix(".json"))
+
+
 def test_what_is_missing_is_told_and_what_cannot_be_compared_refused(pipeline, tmp_path, capfd):
     file, out = tmp_path / "claims.yaml", tmp_path / "results.md"
     words = ["results", "--run", str(pipeline), "--claims", str(file), "--out", str(out)]
@@ -156,6 +188,9 @@ def test_the_published_results_are_those_of_their_figures():
     text, found = ((REPOSITORY / f"docs/results.{kind}").read_text() for kind in ("md", "json"))
     results = json.loads(found)
     assert all(markdown(name, claim, results) in text for name, claim in named().items()) and not results["missing"]
+    assert forms.markdown(results["plane"]) in text
+    assert [(row["form"], row["when"]) for row in results["plane"]["rows"]] == [*product(forms.FORMS, forms.WHEN)]
+    assert all(row["straightness"].keys() == set("012") for row in results["plane"]["rows"])
     for row in results["rows"]:
         assert {"claim", "method", "steps", "fd", "evaluations"} <= row.keys() and row["evaluations"] > 0
         if row["claim"] in "ab" and not row["method"].startswith("teacher"):

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 
 from data.files import read_json
 from data.pairs import PairSet
@@ -178,6 +180,26 @@ def test_images_are_drawn_of_prompts(folder, prompts, tmp_path, capfd):
     words = ["sample", "--run", str(folder), "--steps", "1", "--count", "10", "--out", str(tmp_path / "drawn.png")]
     assert main([*words, "--prompts", str(prompts)]) == 0 and (tmp_path / "drawn.png").stat().st_size
     assert main(words) == 2 and "is told texts; give them" in capfd.readouterr().err
+
+
+class Means(torch.nn.Module):
+    """Features: the means of parts of an image."""
+
+    def forward(self, x):
+        return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+
+
+def test_a_text_model_is_evaluated_on_images_without_labels(folder, prompts, tmp_path):
+    for i in range(24):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    assert main(["pack", "--images", str(tmp_path), "--out", str(tmp_path / "set"), "--size", "16"]) == 0
+    torch.jit.script(Means()).save(tmp_path / "means.pt")
+    words = ["--run", str(folder), "--images", str(tmp_path / "set"), "--out", str(tmp_path / "evaluation"), "--samples", "100"]
+    more = ["--steps", "[1,2]", "--extractor", str(tmp_path / "means.pt"), "--prompts", str(prompts), "--guidance", "2"]
+    assert main(["evaluate", *words, *more]) == 0
+    found = read_json(tmp_path / "evaluation/evaluation.json")["steps"]
+    assert [found[steps]["nfe"] for steps in ("1", "2")] == [2, 4]
+    assert all(row["fd"] > 0 and "accuracy" not in row for row in found.values())
 
 
 def test_what_does_not_fit_is_one_line(folder, prompts, pairs, workspace, tmp_path, capfd):

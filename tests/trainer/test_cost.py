@@ -1,6 +1,7 @@
 """What methods cost: every forward pass of a denoiser is counted where it is made, whoever asks for it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -206,6 +207,14 @@ def test_a_pipeline_sums_up_what_its_stages_cost(tmp_path):
     write_json(tmp_path / "pairs" / "manifest.json", {"kind": "pairs", "evaluations": 100})
     write_json(tmp_path / "latents" / "manifest.json", {"kind": "latents"})
     assert cost(tmp_path) == {"evaluations": {"pairs": 100, "teacher": 16}, "total": 116}
+    (tmp_path / "teacher" / "checkpoints").mkdir()
+    (tmp_path / "teacher" / "checkpoints" / "step=000000002.ckpt").touch()
+    write_json(tmp_path / "teacher" / "config.yaml", {"metrics": {"every": 20}, "trainer": {"max_steps": 2}})
+    assert cost(tmp_path)["total"] == 116
+    (tmp_path / "teacher" / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    with pytest.raises(ValueError, match="ends at step 1, step=000000002.ckpt is newer"):
+        cost(tmp_path)
+    shutil.rmtree(tmp_path / "teacher")
     write_json(tmp_path / "pairs" / "manifest.json", {"kind": "pairs", "evaluations": -1})
     with pytest.raises(ValueError, match="evaluations: is -1, wanted a whole number"):
         cost(tmp_path)

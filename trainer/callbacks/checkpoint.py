@@ -89,7 +89,7 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what is due: a checkpoint's log holds its step's held-out loss, wherever the run is killed."""
-        if trainer.global_step % self.every == 0:
+        if trainer.global_step % self.every == 0 and not trainer.sanity_checking:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

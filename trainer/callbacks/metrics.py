@@ -101,9 +101,11 @@ class Metrics(Callback):
         self._look()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write a line of its own."""
+        """Write a line of its own: all that was logged."""
         self.mark = Denoiser.spent
-        self._write(trainer, {"heldout_loss": trainer.callback_metrics["heldout_loss"].item()})
+        if trainer.sanity_checking:
+            return
+        self._write(trainer, {name: value.item() for name, value in trainer.callback_metrics.items()})
 
     def _write(self, trainer: Trainer, values: dict[str, float]) -> None:
         if trainer.logger:

@@ -20,13 +20,15 @@ from models import sampler as samplers
 from models import teacher as teachers
 from models.codec import Codec, to_uint8
 from models.guidance import at
+from models.text import Prompts, prompted
 from trainer import job
 from trainer.collect import asked
 from trainer.evaluate.classifier import trained
 from trainer.evaluate.extractor import Extractor, Filter, Look
 from trainer.evaluate.measures import frechet, nearest, recall, trajectories
 
-CHUNK, ROWS, TRAJECTORIES = 250, 4, 250  # samples drawn at once; rows of the sample grid; whose trajectories are measured
+CHUNK, TRAJECTORIES = 250, 250  # samples drawn at once; whose trajectories are measured
+ROWS, COLUMNS = 4, 10  # of the sample grid; a column is a class, where there are classes
 
 
 class Drawing:
@@ -39,6 +41,7 @@ class Drawing:
         state: the process.
         sampler: what walks from noise to data.
         edges: of windows, all of which it steps on.
+        prompts: that are asked for, if not those that it was trained on.
     """
 
     classes: int | None = None  # that are asked for, if not all
@@ -51,8 +54,10 @@ class Drawing:
         state: PartialState,
         sampler: job.Sampling = "DDIM",
         edges: list[float] | None = None,
+        prompts: Path | None = None,
     ):
         denoiser, codec, self.condition = teachers.load(run)
+        self.condition = prompted(self.condition, prompts, run)
         self.denoiser, self.codec = at(denoiser, guidance).to(state.device), codec.to(state.device)
         self.fingerprint, self.shape = teachers.fingerprint(denoiser), denoiser.shape
         self.run, self.seed, self.state, self.edges = run, seed, state, edges
@@ -71,8 +76,7 @@ class Drawing:
         """Return (noises, raw conditions, conditions as the network reads them) of indices."""
         eps = torch.stack([noise(self.seed, i, self.shape) for i in indices]).to(self.state.device)
         raw = asked(self.condition, indices, self.classes)
-        told = self.condition(raw)
-        return eps, raw, None if told is None else told.to(self.state.device)
+        return eps, raw, self.condition(raw if raw is None else raw.to(self.state.device))
 
     def images(self, indices: range, steps: int) -> tuple[Tensor, Tensor | None]:
         """Return images in [-1, 1], on the CPU, and the classes asked."""
@@ -101,7 +105,8 @@ def measure(drawing: Drawing, look: Look, real: Tensor, steps: int, samples: int
     for chunk in job.share(drawing.state, chunks):
         images, raw = drawing.images(chunk, steps)
         features, logits = look(images)
-        found.append((chunk.start, features, None if raw is None else logits.argmax(1) == raw))
+        hit = None if raw is None or logits is None or isinstance(drawing.condition, Prompts) else logits.argmax(1) == raw
+        found.append((chunk.start, features, hit))
         meter.add(len(chunk) * steps)
     whole = sorted(gather_object(found), key=lambda part: part[0])
     fake, hits = torch.cat([part[1] for part in whole]), [part[2] for part in whole]
@@ -147,6 +152,20 @@ def own_features(images: Path) -> dict[str, Any]:
     return {"extractor": file.name, "sha256": file_digest(file), "size": None, "resize": "none"}
 
 
+def looking(images: Path, sets: list[Images], eyes: Extractor | None, state: PartialState) -> tuple[Look, dict[str, Any]]:
+    """Return what looks at images, and what is told of it: a network of the user's own, the set's classifier, or both.
+
+    Raises:
+        ValueError: there is neither: the set has no classes.
+    """
+    if eyes and not sets[0].manifest["classes"]:
+        return eyes.beside(None), {"features": eyes.about()}
+    with state.main_process_first(), torch.inference_mode(False):
+        classifier, score = trained(images, *sets)
+    told = {"features": eyes.about() if eyes else own_features(images), "classifier_accuracy_heldout": score}
+    return eyes.beside(classifier) if eyes else classifier, told
+
+
 def floors(codec: Codec, look: Look, sets: list[Images], samples: int, seed: int) -> dict[str, float]:
     """Return what cannot be beaten: real images through the autoencoder alone, and real against bootstrapped real."""
     real, through = [], []
@@ -184,16 +203,18 @@ def evaluate(
     seed: int = 2,
     sampler: job.Sampling | list[job.Sampling] = "DDIM",
     edges: list[float] | None = None,
+    prompts: Path | None = None,
 ) -> None:
     """Measure a run's samples at several numbers of steps, and write OUT/evaluation.json with sample grids.
 
     Frechet distance to all real images, accuracy of the asked class, precision and recall, in the features of a small
-    classifier trained on IMAGES/train (kept beside them); the mean distance to the nearest real image, and how much more that is
-    than the teacher's (drift); first-orderness, straightness and curvature of the trajectories; the floor.
+    classifier trained on IMAGES/train (kept beside them), or of an extractor; the mean distance to the nearest real image, and
+    how much more that is than the teacher's (drift); first-orderness, straightness and curvature of the trajectories; the floor.
 
     Args:
         run: run folder or checkpoint.
-        images: folder made by `rectify pack`, with train and heldout sets and class labels.
+        images: folder made by `rectify pack`, with train and heldout sets; without class labels they need an extractor, and
+            accuracy is left out.
         out: folder for the results.
         steps: of the sampler.
         samples: drawn at each number of steps.
@@ -208,36 +229,35 @@ def evaluate(
         sampler: what walks from noise to data, or a list, of which each writes into OUT/SAMPLER; trajectories are measured
             along DDIM's walk, which the teacher takes too where this one draws noise on its way.
         edges: of a phased student's windows, falling from 1 to 0, if they are not equal: all are stepped on.
+        prompts: what networks that are told texts are asked for, one a line; by default what they were trained on.
     """
     if not steps or min(steps) < 1 or samples < 100 or not sampler:
         raise ValueError(f"steps {steps} must all be at least 1, samples ({samples}) at least 100, and sampler ({sampler}) given")
     began, state = time.monotonic(), job.start()
-    drawing = Drawing(run, guidance, seed, state, edges=edges)
-    taught = Drawing(teacher, teacher_guidance, seed, state, edges=edges) if teacher else None
+    drawing = Drawing(run, guidance, seed, state, edges=edges, prompts=prompts)
+    taught = Drawing(teacher, teacher_guidance, seed, state, edges=edges, prompts=prompts) if teacher else None
     eyes = Extractor(extractor, extractor_size, resize, state.device) if extractor else None
     walks = {out: sampler} if isinstance(sampler, str) else {out / name: name for name in sampler}
     for n in steps:
         drawing.walk(n)  # refused before anything is drawn
     sets = [Images(str(images / split)) for split in ("train", "heldout")]
-    with state.main_process_first(), torch.inference_mode(False):
-        classifier, score = trained(images, *sets)
-    look: Look = eyes.beside(classifier) if eyes else classifier
+    look, about = looking(images, sets, eyes, state)
     real = torch.cat([look(x)[0] for part in sets for x, _ in read_all(part, len(part))])
-    columns = len(sets[0].manifest["classes"])
+    classes = len(sets[0].manifest["classes"] or [])
     for one in (drawing, taught) if taught else (drawing,):
-        one.classes = columns if getattr(one.condition, "classes", 0) > columns else None  # a network may know more than the set
+        more = 0 < classes < getattr(one.condition, "classes", 0)  # a network may know more than the set
+        one.classes = classes if more else None
     eps, _, told = drawing.start(range(TRAJECTORIES))
-    results = rows(drawing, walks, taught, look, real, steps, samples)
+    results, columns = rows(drawing, walks, taught, look, real, steps, samples), classes or COLUMNS
     if state.is_main_process:
         for place, n in product(walks, steps):
             with replacing(place / f"samples-{n}.png") as temporary:
                 grid(drawing.walking(walks[place]).images(range(ROWS * columns), n)[0], columns).save(temporary, "png")
         origin = {"format": 1, "run": str(run), "denoiser": drawing.fingerprint, "reference": sets[0].manifest["listing"]}
         shared = {
-            "features": eyes.about() if eyes else own_features(images),
+            **about,
             **trajectories(drawing.denoiser, eps, told),
             "floors": floors(drawing.codec.cpu(), look, sets, samples, seed),
-            "classifier_accuracy_heldout": score,
             "seconds": round(time.monotonic() - began, 1),
         }
         told_of = {

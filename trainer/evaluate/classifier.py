@@ -49,7 +49,7 @@ def trained(folder: Path, train: Images, heldout: Images) -> tuple[Classifier, f
     """Return the set's classifier and its held-out accuracy, trained once and kept as FOLDER/classifier.safetensors."""
     classes = train.manifest["classes"]
     if not classes:
-        raise ValueError(f"{folder}: has no classes; evaluation measures with a classifier trained on labelled images")
+        raise ValueError(f"{folder}: has no class labels to train a classifier on; give --extractor, a network to measure with")
     path, torch_state = folder / "classifier.safetensors", torch.random.get_rng_state()
     torch.manual_seed(SEED)
     classifier = Classifier(train.pixels(0).shape[0], len(classes))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from data.files import canonical, digest, file_digest, naming
 
-Look = Callable[[Tensor], tuple[Tensor, Tensor]]  # (features, logits), (B, d) and (B, classes), of images in [-1, 1]
+Look = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # (features, logits or none), (B, d), (B, classes), of images in [-1, 1]
 Filter = Literal["bicubic", "bilinear"]  # both antialiased, as Pillow's are: without it figures cannot be compared (2104.11222)
 BATCH = 64  # images looked at at once
 
@@ -73,9 +73,9 @@ class Extractor:
             raise ValueError(f"{self.path}: gives {tuple(found.shape)} for {len(x)} images, wanted as many finite rows")
         return found
 
-    def beside(self, classifier: nn.Module) -> Look:
-        """Return what looks with this at features, and with a classifier at classes."""
-        return lambda images: (self(images), classifier(images)[1])
+    def beside(self, classifier: nn.Module | None) -> Look:
+        """Return what looks with this at features, and with a classifier, if there is one, at classes."""
+        return lambda images: (self(images), None if classifier is None else classifier(images)[1])
 
 
 def why(error: Exception) -> str:

@@ -53,12 +53,14 @@ def grid(denoiser: Denoiser, steps: int) -> list[float]:
     return [first * (1 - i / steps) for i in range(steps + 1)]
 
 
-def train(denoiser: Denoiser, x: Tensor, eps: Tensor | None, times: Times, updates: int, seed: int, name: str) -> Denoiser:
+def train(
+    denoiser: Denoiser, x: Tensor, eps: Tensor | None, times: Times, updates: int, seed: int, name: str, shown: bool = True
+) -> Denoiser:
     """Train a denoiser, in place, on data x (N, C, H, W), fresh noise or their own, with a rate that falls to zero; return it."""
     objective = Matching(times)
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-    with Meter(name, updates, "updates") as meter:
+    with Meter(name, updates, "updates", shown=shown) as meter:
         for step in range(updates):
             rows = torch.arange(step * BATCH, (step + 1) * BATCH) % len(x)
             batch = Batch(x[rows], latent=True, seed=seed, step=step, size=BATCH)
@@ -77,24 +79,30 @@ def train(denoiser: Denoiser, x: Tensor, eps: Tensor | None, times: Times, updat
 class Rectification:
     """A teacher of a law, and a student that began as the teacher and was trained on its pairs (2209.03003, 2410.07303).
 
+    `spent` counts the network evaluations of the teacher's training, and of the pairs with the student's training.
+
     Args:
         x: points of the law, (N, C, 1, 1).
         interpolant: of the states.
         prediction: the row that the network learns, at unit length.
         updates: of each of the two trainings.
         seed: of the network, the training and the noise.
+        shown: whether the progress of the trainings is.
     """
 
-    def __init__(self, x: Tensor, interpolant: Interpolant, prediction: Prediction, updates: int, seed: int):
+    def __init__(self, x: Tensor, interpolant: Interpolant, prediction: Prediction, updates: int, seed: int, shown: bool = True):
         self.seed, self.form = seed, f"{interpolant!r}, {prediction!r}"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = MLP(channels=x.shape[1])
-        self.teacher = train(Denoiser(net, interpolant, Unit(prediction)), x, None, Uniform(), updates, seed, "before")
+        began = Denoiser.spent
+        self.teacher = train(Denoiser(net, interpolant, Unit(prediction)), x, None, Uniform(), updates, seed, "before", shown)
+        half = Denoiser.spent
         eps = self.noise(PAIRS, 0)
         drawn = DDIM(FINE, grid(self.teacher, FINE))(self.teacher, eps)
         student = deepcopy(self.teacher).train().requires_grad_(True)
-        self.student = train(student, drawn, eps, UShaped(), updates, seed, "after")
+        self.student = train(student, drawn, eps, UShaped(), updates, seed, "after", shown)
+        self.spent = half - began, Denoiser.spent - half
 
     def noise(self, n: int, stream: int) -> Tensor:
         """Return n noises, (n, C, 1, 1), of a stream: 0 for the pairs, others for what is looked at."""

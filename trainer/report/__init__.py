@@ -13,8 +13,7 @@ import matplotlib.image
 from matplotlib.figure import Figure
 
 from data.files import atomic, naming, write_json
-from trainer.callbacks.metrics import read_log
-from trainer.report.summary import models, read_stages, summarize, table
+from trainer.report.summary import models, read_stages, run_log, summarize, table
 
 SHOWN = ("torch", "lightning", "diffusers", "accelerate", "webdataset", "numpy", "torchmetrics", "rectify")
 
@@ -88,8 +87,8 @@ def report(run: Path) -> None:
     matplotlib.use("agg")
     summary = summarize(run)
     write_json(run / "summary.json", summary)
-    found = {path.parent.name: read_log(path) for path in sorted(run.glob("*/metrics.jsonl"))}
-    logs = {name: [values for _, values in log if "loss" in values] for name, log in found.items()}
+    found = {path.parent.name: run_log(path.parent) for path in sorted(run.glob("*/metrics.jsonl"))}
+    logs = {name: [values for values in log if "loss" in values] for name, log in found.items()}
     grids = {
         name: {
             path.stem.partition("-")[2]: embed(path.read_bytes())

@@ -14,9 +14,9 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from data.files import atomic, naming, read_json, write_json
 from data.form import COUNT, NAME, NUMBER, conform
-from trainer.callbacks.metrics import read_log
-from trainer.report.spread import FORM, alike, cell, ends, replaced
-from trainer.report.summary import ROW, read, read_stages
+from trainer.picture import forms
+from trainer.report.spread import BEGIN, FORM, alike, cell, ends, replaced
+from trainer.report.summary import ROW, read, read_stages, run_log
 
 CLAIM = {"title": str, "methods": [NAME], "steps": [COUNT], "teacher": NAME}
 MAY: dict[str, Any] = {"passes": [NAME], "reach": float, "trained": bool}  # that a claim may say beside
@@ -57,7 +57,7 @@ class Costs:
         """Return what a run or pair set cost by itself, a run until a step, or to its end."""
         log, manifest = self.run / place / "metrics.jsonl", self.run / place / "manifest.json"
         if log.exists():
-            lines = [values for _, values in read_log(log) if "evaluations" in values]
+            lines = [values for values in run_log(log.parent) if "evaluations" in values]
             until = [values for values in lines if step is None or values["step"] <= step]
             conform(until, [{"evaluations": COUNT}], f"{log}: evaluations")
             return until[-1]["evaluations"] if until else 0
@@ -98,7 +98,7 @@ def found(run: Path, costs: Costs, method: str) -> dict[int, dict[str, Any]]:
         config, log = run / place / "config.yaml", run / place / "metrics.jsonl"
         with naming(config):
             batch = yaml.safe_load(config.read_text())["data"]["batch"]
-        step = int(checkpoint.removesuffix(".ckpt")) if checkpoint else max(values["step"] for _, values in read_log(log))
+        step = int(checkpoint.removesuffix(".ckpt")) if checkpoint else max(values["step"] for values in run_log(log.parent))
         row = rows.setdefault(step, {"trained": step * batch, "evaluations": costs.whole(place, step), "seeds": {}})
         row["seeds"][path.parts[-3]] = one
     return rows
@@ -123,7 +123,8 @@ def taught(row: dict[str, Any], method: str) -> dict[str, Any]:
 def gather(run: Path, claims: dict[str, Any]) -> dict[str, Any]:
     """Return the results: `rows`, each a claim, a method, a number of steps and the measures by seed, and what was compared.
 
-    A claim whose teacher was not evaluated is left out, other methods that were not are named in `missing`.
+    A claim whose teacher was not evaluated is left out, other methods that were not are named in `missing`. `plane` is there if
+    RUN/plane/plane.json is: the figures of `rectify plane`.
 
     Raises:
         FileNotFoundError: no method was evaluated.
@@ -149,7 +150,9 @@ def gather(run: Path, claims: dict[str, Any]) -> dict[str, Any]:
             told += [tell(name, method, by[step], steps) for step in kept for steps in claim["steps"]]
     missing = [name for name in names if name not in methods]
     terms = alike(every, str(run / "evaluation"))
-    return {"format": 1, **terms, "teachers": teachers, "missing": missing, "rows": [row for row in told if row["fd"]]}
+    path = run / "plane" / "plane.json"
+    plane = {"plane": read(path, forms.FIGURES)} if path.exists() else {}
+    return {"format": 1, **terms, **plane, "teachers": teachers, "missing": missing, "rows": [row for row in told if row["fd"]]}
 
 
 def cheapest(rows: list[dict[str, Any]], limit: float) -> dict[str, Any] | None:
@@ -252,13 +255,27 @@ def plot(claims: dict[str, Any], results: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+def sections(claims: dict[str, Any], results: dict[str, Any], text: str) -> dict[str, tuple[str, str]]:
+    """Return the parts of a text: a heading and what stands below it for each claim, and for the plane if it was measured.
+
+    Where it was not, a text that has a part for it is told so.
+    """
+    found = {f"claim {name}": (f"{name}. {claim['title']}", markdown(name, claim, results)) for name, claim in claims.items()}
+    if "plane" in results:
+        found["plane"] = "In the plane", forms.markdown(results["plane"])
+    elif BEGIN.format("plane") in text:
+        found["plane"] = "In the plane", "Not measured yet: `rectify plane --out RUN/plane`."
+    return found
+
+
 def results(run: Path, claims: Path, out: Path) -> None:
     """Tabulate what a pipeline found of each claim: parts of the Markdown file OUT, with JSON and a plot of its name beside it.
 
     In a file that is there already, what stands between a claim's two marks is replaced, and the text around them stays.
 
     Args:
-        run: folder of the pipeline, with RUN/evaluation/METHOD/SEED/AT for every run, or checkpoint, that was evaluated.
+        run: folder of the pipeline, with RUN/evaluation/METHOD/SEED/AT for every run, or checkpoint, that was evaluated, and
+            RUN/plane of `rectify plane`, if that was run.
         claims: YAML: each claim's title, methods, steps and teacher; `trained` tells of every checkpoint that was evaluated,
             `passes` what the methods need to be as good as each of these, `reach` to come within so many times the teacher's FD.
         out: the Markdown file; OUT's .json and .png are written beside it.
@@ -268,10 +285,9 @@ def results(run: Path, claims: Path, out: Path) -> None:
     told = stated(told, str(claims))
     gathered = gather(run, told)
     text = out.read_text() if out.exists() else ""
-    for name, claim in told.items():
-        part = markdown(name, claim, gathered)
-        text = replaced(text, f"claim {name}", part, out, f"## {name}. {claim['title']}")
-        print(f"{name}. {claim['title']}\n\n{part}\n")
+    for what, (heading, part) in sections(told, gathered, text).items():
+        text = replaced(text, what, part, out, f"## {heading}")
+        print(f"{heading}\n\n{part}\n")
     write_json(out.with_suffix(".json"), gathered)
     with atomic(out.with_suffix(".png")) as file:
         file.write(plot(told, gathered))

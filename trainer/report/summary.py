@@ -4,7 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from data.files import read_json
+import yaml
+
+from data.files import naming, read_json
 from data.form import COUNT, NAME, NUMBER, SHA256, conform
 from trainer.callbacks.metrics import read_log
 
@@ -13,7 +15,6 @@ EVALUATION = {
     "steps": {NUMBER: ROW},
     "first_orderness": float,
     "floors": {"autoencoder": float, "bootstrap": float},
-    "classifier_accuracy_heldout": float,
 }
 MEASURED = {
     "features": {"extractor": str, "sha256": SHA256, "size": (None, COUNT), "resize": str},
@@ -44,7 +45,9 @@ def summarize(out: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{out / 'evaluation'}: no evaluation.json below it; run `rectify evaluate` first")
     first = next(iter(evaluations.values()))
     summary: dict[str, Any] = {"format": 1, "floor": first["floors"]["autoencoder"], "floors": first["floors"]}
-    summary["classifier_accuracy_heldout"] = first["classifier_accuracy_heldout"]
+    if (name := "classifier_accuracy_heldout") in first:  # of a set with classes
+        conform(first, {name: float}, str(paths[0]))
+        summary[name] = first[name]
     for name, evaluation in evaluations.items():
         summary[name] = evaluation["steps"]
     summary["first_orderness"] = {name: evaluation["first_orderness"] for name, evaluation in evaluations.items()}
@@ -73,6 +76,24 @@ def measured(evaluation: dict[str, Any], name: str) -> str:
     return f"{told['extractor']} {told['sha256'][:12]}, {shown}, reference {evaluation['reference'][:12]}, {drawn}"
 
 
+def run_log(run: Path) -> list[dict[str, Any]]:
+    """Return what the lines of a run's log say.
+
+    Raises:
+        ValueError: they end before its newest checkpoint, so that some were lost.
+    """
+    log = [values for _, values in read_log(run / "metrics.jsonl")]
+    newest, config = max((run / "checkpoints").glob("step=*.ckpt"), default=None), run / "config.yaml"
+    if newest and config.exists():
+        with naming(config):
+            told = yaml.safe_load(config.read_text())
+            step, every, last = int(newest.stem.removeprefix("step=")), told["metrics"]["every"], told["trainer"]["max_steps"]
+            due = step if step == last else step - step % every
+        if (reached := max((values["step"] for values in log if "loss" in values), default=0)) < due:
+            raise ValueError(f"{run}/metrics.jsonl: ends at step {reached}, {newest.name} is newer; its end is lost")
+    return log
+
+
 def cost(out: Path) -> dict[str, Any]:
     """Return the network evaluations, one sample each, that a pipeline's pair sets and runs took, each and in total.
 
@@ -84,7 +105,7 @@ def cost(out: Path) -> dict[str, Any]:
             conform(manifest, {"evaluations": COUNT}, str(path))
             stages[path.parent.name] = manifest["evaluations"]
     for path in sorted(out.glob("*/metrics.jsonl")):
-        counts = [values["evaluations"] for _, values in read_log(path) if "evaluations" in values]
+        counts = [values["evaluations"] for values in run_log(path.parent) if "evaluations" in values]
         conform(counts, [COUNT], f"{path}: evaluations")
         if counts:
             stages[path.parent.name] = counts[-1]
