@@ -12,6 +12,7 @@ from diffusers import (
     DiTPipeline,
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
 )
 from torch import Tensor
 
@@ -77,9 +78,12 @@ def pipeline(denoiser: Denoiser, codec: Codec, condition: Condition) -> Diffusio
     if net.kind == "UNet2DModel" and chain and not net.classes and not isinstance(codec, KL):
         return DDIMPipeline(net.merged(), schedule(denoiser))
     if net.kind == "UNet2DConditionModel" and chain and isinstance(codec, KL) and isinstance(condition, Prompts):
-        tokenizer, encoder = condition.parts
-        parts = (plain_vae(codec), encoder, tokenizer, net.merged(), schedule(denoiser), None, None)
-        return StableDiffusionPipeline(*parts, requires_safety_checker=False)
+        vae, unet, walk, texts = plain_vae(codec), net.merged(), schedule(denoiser), condition.parts
+        (tokenizer, encoder), (tokenizer_2, encoder_2) = texts[0], texts[-1]
+        if len(texts) == 1:
+            return StableDiffusionPipeline(vae, encoder, tokenizer, unet, walk, None, None, requires_safety_checker=False)
+        two = {"force_zeros_for_empty_prompt": condition.zeros, "add_watermarker": False}
+        return StableDiffusionXLPipeline(vae, encoder, encoder_2, tokenizer, tokenizer_2, unet, walk, **two)
     flow = isinstance(denoiser.interpolant, Linear) and isinstance(denoiser.prediction, Velocity)
     if net.kind == "DiTTransformer2DModel" and (chain or flow) and isinstance(codec, KL):
         return DiTPipeline(net.merged(), plain_vae(codec), schedule(denoiser) if chain else flow_scheduler())

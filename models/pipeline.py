@@ -15,8 +15,8 @@ from models.denoiser import Denoiser
 from models.interpolant import Discrete, Interpolant, Linear
 from models.nets.pretrained import KINDS, Pretrained
 from models.prediction import Angular, Data, Noise, Prediction, Velocity
-from models.text import ENCODER, TOKENIZER, Prompts
 from models.text import KINDS as TEXTS
+from models.text import ONE, TWO, Prompts
 
 INDEX = "model_index.json"
 APART = ("safety_checker", "feature_extractor")  # parts that look at finished images, which are not trained
@@ -69,10 +69,10 @@ def components(folder: Path) -> tuple[Path, Path | None]:
         raise ValueError(f"{folder / INDEX}: not a readable index of a pipeline ({error})") from None
     networks = [name for name, kind in kinds.items() if kind in KINDS]
     others = {name: kind for name, kind in kinds.items() if name not in ("scheduler", *networks, *APART)}
-    texts = {name for name, kind in others.items() if name in (TOKENIZER, ENCODER) and kind in TEXTS}
+    texts = {name for name, kind in others.items() if name in (*ONE, *TWO) and kind in TEXTS}
     told = len(networks) == 1 and kinds[networks[0]] == "UNet2DConditionModel"
     strange = [name for name, kind in others.items() if name not in texts and kind != "AutoencoderKL"]
-    if len(networks) != 1 or strange or len(texts) != 2 * told:
+    if len(networks) != 1 or strange or texts not in ([{*ONE}, {*ONE, *TWO}] if told else [set()]):
         what = f"a {parts.get('_class_name')} of {', '.join(map(str, kinds.values()))}"
         raise ValueError(
             f"{folder}: is {what}; known here are a {' or '.join(KINDS)} (which CLIP tells texts), a scheduler, and an "
@@ -87,16 +87,27 @@ def pretrained(folder: str, lora: int = 0) -> Denoiser:
 
     Args:
         folder: the pipeline's folder, with a scheduler and a UNet2DModel, a DiTTransformer2DModel, or a UNet2DConditionModel with
-            the CLIP that tells it texts (as in Stable Diffusion 1 and 2).
+            the CLIP that tells it texts (as in Stable Diffusion 1 and 2, and SDXL).
         lora: rank of adapters, which alone are trained; 0 trains all.
     """
     interpolant, prediction, clock = form(Path(folder) / "scheduler")
-    network = components(Path(folder))[0]
-    texts = Prompts(folder) if (Path(folder) / ENCODER).is_dir() else None
-    net = Pretrained(str(network), lora, texts.shape[0] if texts else 0)
-    if texts:
-        net.nothing.copy_(texts.encode([""], torch.device("cpu"))[0])
+    network, codec = components(Path(folder))
+    if not (Path(folder) / ONE[1]).is_dir():
+        return Denoiser(Pretrained(str(network), lora), interpolant, prediction, clock)
+    texts = Prompts(folder)
+    net = Pretrained(str(network), lora, texts.shape[0], pixels(network, codec) if len(texts.parts) == 2 else 0)
+    net.nothing.copy_(texts.nothing(torch.device("cpu")))
     return Denoiser(net, interpolant, prediction, clock)
+
+
+def pixels(network: Path, codec: Path | None) -> int:
+    """Return the height and width of a pipeline's images, from its network's and its autoencoder's folder."""
+    try:
+        size = json.loads((network / "config.json").read_bytes())["sample_size"]
+        halves = json.loads((codec / "config.json").read_bytes())["block_out_channels"] if codec else [0]
+        return size * 2 ** (len(halves) - 1)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{network.parent}: no sizes in the configs of its network and autoencoder ({error!r})") from None
 
 
 def load(folder: Path) -> tuple[Denoiser, Codec, Condition]:

@@ -1,6 +1,7 @@
 """Texts as conditions: prompts by the number of their line, encoded by the frozen text encoder of a diffusers pipeline."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable
 from functools import cached_property
@@ -12,18 +13,19 @@ from torch import Tensor
 
 from models.condition import Condition
 
-TOKENIZER, ENCODER = "tokenizer", "text_encoder"  # folders of a pipeline
-KINDS = ("CLIPTokenizer", "CLIPTokenizerFast", "CLIPTextModel")
+ONE, TWO = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")  # folders of a pipeline; SDXL has both
+KINDS = ("CLIPTokenizer", "CLIPTokenizerFast", "CLIPTextModel", "CLIPTextModelWithProjection")
 
 
 class Prompts(Condition):
     """The network is told a text: that of line i of a file, where the data say i (a pair its prompt, a set its class).
 
     Encoded as Stable Diffusion's texts are (2112.10752): the last hidden states of a CLIP text encoder, padded to the
-    tokenizer's length.
+    tokenizer's length; or as those of SDXL (2307.01952): the states before the last of two encoders side by side, and below
+    them, as one token more, what the second says of the whole text.
 
     Args:
-        encoder: a pipeline's folder, with its `tokenizer` and `text_encoder`.
+        encoder: a pipeline's folder, with `tokenizer` and `text_encoder` in it, and `tokenizer_2` and `text_encoder_2` of SDXL.
         path: text file, one prompt a line, UTF-8; none where nothing is asked.
         dropout: probability, in [0, 1], of telling a sample the empty text in training (classifier-free guidance, 2207.12598).
     """
@@ -56,37 +58,59 @@ class Prompts(Condition):
         return hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
 
     @cached_property
-    def parts(self) -> tuple[Any, Any]:
-        """The tokenizer, and the encoder, in float32."""
+    def parts(self) -> list[tuple[Any, Any]]:
+        """The tokenizers, each with its encoder, in float32."""
         try:
             import transformers
         except ImportError:
             raise ValueError("Prompts: texts need transformers; pip install 'rectify[text]'") from None
         logging.getLogger("transformers").setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
-        folder = Path(self.encoder)
-        try:
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / TOKENIZER)
-            model = transformers.CLIPTextModel.from_pretrained(folder / ENCODER, use_safetensors=True)
-        except Exception as error:  # transformers and safetensors raise many kinds
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{folder}: no readable {TOKENIZER} and {ENCODER} of CLIP in it ({why})") from error
-        return tokenizer, model.float().eval().requires_grad_(False)
+        folder, parts = Path(self.encoder), []
+        for (words, states), kind in zip((ONE, TWO), (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)):
+            if (words, states) == TWO and not (folder / states).is_dir():
+                break
+            try:
+                tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / words)
+                model = kind.from_pretrained(folder / states, use_safetensors=True)
+            except Exception as error:  # transformers and safetensors raise many kinds
+                why = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ValueError(f"{folder}: no readable {words} and {states} of CLIP in it ({why})") from error
+            parts.append((tokenizer, model.float().eval().requires_grad_(False)))
+        return parts
+
+    @cached_property
+    def zeros(self) -> bool:
+        """Whether the network is told zeros of no text, not the empty text: a pipeline's `force_zeros_for_empty_prompt`."""
+        file = Path(self.encoder) / "model_index.json"
+        return len(self.parts) == 2 and bool(json.loads(file.read_bytes()).get("force_zeros_for_empty_prompt"))
 
     @property
     def shape(self) -> tuple[int, int]:
         """What the network is told of one text: (tokens, channels)."""
-        tokenizer, model = self.parts
-        return tokenizer.model_max_length, model.config.hidden_size
+        tokens = self.parts[0][0].model_max_length + len(self.parts) - 1
+        return tokens, sum(model.config.hidden_size for _, model in self.parts)
 
     @torch.no_grad()
     def encode(self, texts: list[str], device: torch.device) -> Tensor:
         """Return what the network is told of texts, (n, tokens, channels), float32."""
-        tokenizer, model = self.parts
-        length = tokenizer.model_max_length
-        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-        with torch.autocast(device.type, enabled=False):
-            return model.to(device)(tokens.to(device))[0]
+        states, whole = [], None
+        for tokenizer, model in self.parts:
+            length = tokenizer.model_max_length
+            tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+            with torch.autocast(device.type, enabled=False):
+                found = model.to(device)(tokens.to(device), output_hidden_states=True)
+            states.append(found[0] if len(self.parts) == 1 else found.hidden_states[-2])
+            whole = found[0]
+        told = torch.cat(states, dim=-1)
+        if len(self.parts) == 1:
+            return told
+        assert whole is not None
+        return torch.cat([told, torch.nn.functional.pad(whole, (0, told.shape[-1] - whole.shape[-1]))[:, None]], dim=1)
+
+    def nothing(self, device: torch.device) -> Tensor:
+        """Return what the network is told of no text, (tokens, channels)."""
+        return torch.zeros(self.shape, device=device) if self.zeros else self.encode([""], device)[0]
 
     def asked(self, indices: range) -> Tensor:
         return torch.tensor(indices) % len(self.lines)
@@ -100,8 +124,8 @@ class Prompts(Condition):
         numbers, place = raw.unique(return_inverse=True)
         if (largest := int(numbers.max())) >= len(self.lines):
             raise ValueError(f"{self.path}: has {len(self.lines)} lines, the data ask for line {largest + 1}")
-        texts = ["" if number < 0 else self.lines[number] for number in numbers.tolist()]
-        return self.encode(texts, raw.device)[place]
+        told = self.encode(["" if number < 0 else self.lines[number] for number in numbers.tolist()], raw.device)
+        return told.where((numbers >= 0)[:, None, None], self.nothing(raw.device))[place] if self.zeros else told[place]
 
 
 def prompted(condition: Condition, prompts: Path | None, teacher: Path) -> Condition:

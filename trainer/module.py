@@ -55,7 +55,7 @@ def answers(denoiser: Denoiser, condition: Condition | None) -> None:
     if here != there:
         raise ValueError(f"model.condition: tells texts of {there} tokens, the network reads {here} (0: none); give it Prompts")
     if isinstance(condition, Prompts) and isinstance(net, Pretrained):
-        nothing = condition.encode([""], net.nothing.device)[0]
+        nothing = condition.nothing(net.nothing.device)
         if nothing.shape != net.nothing.shape or not torch.allclose(nothing, net.nothing, atol=1e-3):
             raise ValueError(f"model.condition.encoder: {condition.encoder} has not the text encoder of this network")
 

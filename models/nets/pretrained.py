@@ -12,7 +12,7 @@ from models.nets import Net
 
 KINDS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # attention's layers, in all kinds
-OTHERWISE = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds", "time_cond_proj_dim")  # told
+OTHERWISE = ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds", "time_cond_proj_dim")  # told
 BASE, LORA = ".base_layer.", ".lora_"  # in the names that peft gives to a layer's own weights and to its adapter's
 
 
@@ -24,11 +24,13 @@ class Pretrained(Net):
             network without its weights, as a checkpoint rebuilds it.
         lora: rank of adapters on the attention's layers (LoRA, 2106.09685), which alone are trained; 0 trains all.
         tokens: of the texts that a UNet2DConditionModel is told; its `nothing`, (tokens, channels), is what it is told of none.
+        pixels: height and width of the images, which one of SDXL is told too; the last token is then what it is told of a text
+            as a whole.
     """
 
     nothing: Tensor
 
-    def __init__(self, config: str, lora: int = 0, tokens: int = 0):
+    def __init__(self, config: str, lora: int = 0, tokens: int = 0, pixels: int = 0):
         super().__init__()
         folder = None if config.lstrip().startswith("{") else Path(config)
         try:
@@ -41,7 +43,7 @@ class Pretrained(Net):
         if kind not in KINDS:
             raise ValueError(f"{folder or 'Pretrained'}: is a {kind}, Pretrained knows {', '.join(KINDS)}")
         plain = {key: value for key, value in told.items() if key == "_class_name" or not key.startswith("_")}
-        self.config, self.lora, self.tokens = json.dumps(plain, sort_keys=True), lora, tokens
+        self.config, self.lora, self.tokens, self.pixels = json.dumps(plain, sort_keys=True), lora, tokens, pixels
         self.kind, self.clock = kind, Scaled(1000.0)
         self.model = self._made(kind, folder, plain)
         self._read(folder or kind, dict(self.model.config))  # type: ignore[arg-type]
@@ -53,6 +55,10 @@ class Pretrained(Net):
         if (self.kind == "UNet2DConditionModel") != (self.tokens > 0):
             raise ValueError(f"{where}: is a {self.kind} and tokens is {self.tokens}; a UNet2DConditionModel alone is told texts")
         if self.tokens:
+            self.pooled = (whole["projection_class_embeddings_input_dim"] or 0) - 6 * (whole["addition_time_embed_dim"] or 0)
+            if whole["addition_embed_type"] != ("text_time" if self.pixels else None):
+                told = f"addition_embed_type {whole['addition_embed_type']} and pixels {self.pixels}"
+                raise ValueError(f"{where}: {told} do not fit; SDXL's UNet has text_time and pixels, others have neither")
             if more := [key for key in OTHERWISE if whole[key] is not None]:
                 raise ValueError(f"{where}: is told more than a text ({more[0]}: {whole[more[0]]}), Pretrained knows texts alone")
             if not isinstance(width := whole["cross_attention_dim"], int):
@@ -103,7 +109,11 @@ class Pretrained(Net):
             return self.model(x_t, clock, class_labels=cond if self.classes else None).sample
         if self.tokens:
             text = self.nothing.expand(len(x_t), -1, -1) if cond is None else cond
-            return self.model(x_t, clock, encoder_hidden_states=text).sample
+            if not self.pixels:
+                return self.model(x_t, clock, encoder_hidden_states=text).sample
+            sizes = text.new_tensor([self.pixels, self.pixels, 0, 0, self.pixels, self.pixels]).expand(len(x_t), -1)
+            more = {"text_embeds": text[:, -1, : self.pooled], "time_ids": sizes}
+            return self.model(x_t, clock, encoder_hidden_states=text[:, :-1], added_cond_kwargs=more).sample
         label = torch.full_like(clock, self.classes, dtype=torch.long) if cond is None else cond
         return self.model(x_t, clock, class_labels=label).sample[:, : self.channels]
 
