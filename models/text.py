@@ -45,10 +45,10 @@ class Prompts(Condition):
         if self.path is None:
             raise ValueError(f"{self.encoder}: is told texts; give them, one a line of a file, as --prompts")
         try:
-            lines = Path(self.path).read_text("utf-8").splitlines()
+            lines = Path(self.path).read_text("utf-8").removesuffix("\n").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path}: not UTF-8 ({error})") from None
-        if not lines:
+        if lines == [""]:
             raise ValueError(f"{self.path}: holds no prompt; write one on each line")
         return lines
 

@@ -149,7 +149,8 @@ def table(summary: dict[str, Any]) -> str:
     lines = [f"{'model':10}{'steps':>6}{'NFE':>6}{'FD':>10}{'accuracy':>10}{'recall':>9}{'precision':>11}"]
     for name, rows in models(summary):
         for steps, row in rows:
-            cells = f"{row['fd']:>10.4f}{row.get('accuracy', float('nan')):>10.4f}{row['recall']:>9.4f}{row['precision']:>11.4f}"
+            accuracy = f"{row['accuracy']:.4f}" if "accuracy" in row else "-"
+            cells = f"{row['fd']:>10.4f}{accuracy:>10}{row['recall']:>9.4f}{row['precision']:>11.4f}"
             lines.append(f"{name:10}{steps:>6}{row['nfe']:>6}{cells}")
     for told in dict.fromkeys((whole := summary.get("measured", {})).values()):
         lines.append(f"measured in {told} ({', '.join(name for name in whole if whole[name] == told)})")
