@@ -126,6 +126,8 @@ class Loop(_TrainingEpochLoop):
         progress.increment_processed()
         if trainer.lr_scheduler_configs:
             self.update_lr_schedulers("step", update_plateau_schedulers=False)
+            if self._num_ready_batches_reached():
+                self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         direct.callbacks(trainer, "on_train_batch_end", said, batch, number)
         direct.module(trainer, "on_train_batch_end", said, batch, number)
         if results:

@@ -47,10 +47,12 @@ class Plain(LightningModule):
     def on_train_batch_end(self, *_):
         self.log("sum", self.weight.sum())
 
+    interval = "step"
+
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), 0.1)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": self.interval}}
 
 
 def trained(tmp_path, leanly, **options):
@@ -82,11 +84,12 @@ OPTIONS: list[dict] = [
 ]
 
 
-@pytest.mark.parametrize("schedule", [True, False], ids=["schedule", "constant"])
+@pytest.mark.parametrize("schedule", ["step", "epoch", "none"])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
 def test_weights_logged_values_hooks_and_counts_are_the_same(tmp_path, monkeypatch, options, schedule):
     """Of this version of Lightning: all hooks are heard, in the same order, at the same steps."""
-    if not schedule:
+    monkeypatch.setattr(Plain, "interval", schedule)
+    if schedule == "none":
         monkeypatch.setattr(Plain, "configure_optimizers", lambda self: torch.optim.AdamW(self.parameters(), 0.1))
     plain, quick = trained(tmp_path, False, **options), trained(tmp_path, True, **options)
     assert quick == plain
