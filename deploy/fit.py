@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
@@ -121,6 +122,8 @@ class Fit(LightningCLI):
             group["params"] = now["params"]  # sharding replaces those it was built with
         if lr_scheduler is None:
             return optimizer
+        if isinstance(lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ValueError("lr_scheduler: ReduceLROnPlateau waits for epochs, of which a stream has none; use one of steps")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": "step"}}
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:

@@ -96,6 +96,8 @@ def pretrained(folder: str, lora: int = 0) -> Denoiser:
         return Denoiser(Pretrained(str(network), lora), interpolant, prediction, clock)
     texts = Prompts(folder)
     net = Pretrained(str(network), lora, texts.shape[0], pixels(network, codec) if len(texts.parts) == 2 else 0)
+    if (here := texts.shape[1]) != (there := net.nothing.shape[1]):
+        raise ValueError(f"{folder}: its texts have {here} channels, its network reads {there} (cross_attention_dim)")
     net.nothing.copy_(texts.nothing(torch.device("cpu")))
     return Denoiser(net, interpolant, prediction, clock)
 

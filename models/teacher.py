@@ -19,8 +19,10 @@ from models.codec import Codec
 from models.condition import Condition
 from models.denoiser import Denoiser
 from models.tensors import unpacked
+from models.text import Prompts
 
 CODEC = "codec"  # folder of the frozen codec in a run
+TEXTS = "texts"  # folder of what encodes texts, in a run
 FORMAT = 1  # of what `Generator` adds to a checkpoint under "rectify"
 
 
@@ -150,6 +152,8 @@ def load(path: str | Path) -> tuple[Denoiser, Codec, Condition]:
         why = f"no entry {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise ValueError(f"{file}: its description and weights do not make a denoiser here ({why})") from error
     denoiser.guidance = _scales(spec.get("guidance"), file)
+    if isinstance(condition, Prompts) and (texts := file.resolve().parent.parent / TEXTS).is_dir():
+        condition.encoder = str(texts)  # wherever the run is now
     codec = codecs.load(file.resolve().parent.parent / CODEC if spec["codec"] else None)
     return denoiser.eval().requires_grad_(False), codec, condition
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from models.condition import Condition
 
 ONE, TWO = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")  # folders of a pipeline; SDXL has both
+INDEX, ZEROS = "model_index.json", "force_zeros_for_empty_prompt"
 KINDS = ("CLIPTokenizer", "CLIPTokenizerFast", "CLIPTextModel", "CLIPTextModelWithProjection")
 
 
@@ -43,9 +44,11 @@ class Prompts(Condition):
     def lines(self) -> list[str]:
         """The prompts."""
         if self.path is None:
-            raise ValueError(f"{self.encoder}: is told texts; give them, one a line of a file, as --prompts")
+            raise ValueError(
+                f"{self.encoder}: is told texts; give them, one a line of a file, as --prompts, or model.condition.path in a fit"
+            )
         try:
-            lines = Path(self.path).read_text("utf-8").removesuffix("\n").split("\n")
+            lines = Path(self.path).read_text("utf-8-sig").removesuffix("\n").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path}: not UTF-8 ({error})") from None
         if lines == [""]:
@@ -66,24 +69,34 @@ class Prompts(Condition):
             raise ValueError("Prompts: texts need transformers; pip install 'rectify[text]'") from None
         logging.getLogger("transformers").setLevel(logging.ERROR)
         transformers.utils.logging.disable_progress_bar()
-        folder, parts = Path(self.encoder), []
+        folder, parts = Path(self.encoder), list[tuple[Any, Any]]()
         for (words, states), kind in zip((ONE, TWO), (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)):
             if (words, states) == TWO and not (folder / states).is_dir():
                 break
+            for part in (folder / words, folder / states):
+                if not part.is_dir():  # transformers would look for it on the internet
+                    raise ValueError(f"{folder}: no {part.name} in it; give a pipeline's folder, which has one")
             try:
-                tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / words)
-                model = kind.from_pretrained(folder / states, use_safetensors=True)
+                tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / words, local_files_only=True)
+                model = kind.from_pretrained(folder / states, use_safetensors=True, local_files_only=True)
             except Exception as error:  # transformers and safetensors raise many kinds
                 why = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise ValueError(f"{folder}: no readable {words} and {states} of CLIP in it ({why})") from error
+            _fit(folder, tokenizer, model.config, parts[0][0].model_max_length if parts else tokenizer.model_max_length)
             parts.append((tokenizer, model.float().eval().requires_grad_(False)))
         return parts
+
+    def save(self, folder: Path) -> None:
+        """Write what encodes texts into a folder, as a pipeline has it: another encoder's `encoder`."""
+        for (words, states), (tokenizer, model) in zip((ONE, TWO), self.parts):
+            tokenizer.save_pretrained(folder / words)
+            model.save_pretrained(folder / states)
+        (folder / INDEX).write_text(json.dumps({ZEROS: self.zeros}))
 
     @cached_property
     def zeros(self) -> bool:
         """Whether the network is told zeros of no text, not the empty text: a pipeline's `force_zeros_for_empty_prompt`."""
-        file = Path(self.encoder) / "model_index.json"
-        return len(self.parts) == 2 and bool(json.loads(file.read_bytes()).get("force_zeros_for_empty_prompt"))
+        return len(self.parts) == 2 and bool(json.loads((Path(self.encoder) / INDEX).read_bytes()).get(ZEROS, True))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -126,6 +139,17 @@ class Prompts(Condition):
             raise ValueError(f"{self.path}: has {len(self.lines)} lines, the data ask for line {largest + 1}")
         told = self.encode(["" if number < 0 else self.lines[number] for number in numbers.tolist()], raw.device)
         return told.where((numbers >= 0)[:, None, None], self.nothing(raw.device))[place] if self.zeros else told[place]
+
+
+def _fit(folder: Path, tokenizer: Any, config: Any, length: int) -> None:
+    """Refuse a tokenizer and an encoder that do not fit together, or whose texts diffusers encodes otherwise than this does."""
+    if not length == tokenizer.model_max_length <= config.max_position_embeddings:
+        told = f"texts of {tokenizer.model_max_length} tokens, another of {length}, an encoder {config.max_position_embeddings}"
+        raise ValueError(f"{folder}: a tokenizer makes {told}; they must agree (model_max_length, max_position_embeddings)")
+    if not 2 < len(tokenizer) <= config.vocab_size:
+        raise ValueError(f"{folder}: a tokenizer knows {len(tokenizer)} words, its encoder {config.vocab_size}")
+    if getattr(config, "use_attention_mask", False):
+        raise ValueError(f"{folder}: its text encoder masks what pads a text (use_attention_mask), which Prompts does not")
 
 
 def prompted(condition: Condition, prompts: Path | None, teacher: Path) -> Condition:

@@ -14,6 +14,7 @@ from models.codec import KL, Codec
 from models.condition import ClassLabel, Condition, Unconditional
 from models.denoiser import Denoiser
 from models.guidance import at
+from models.text import Prompts, prompted
 from trainer import job
 from trainer.collect import Made, draw, fill, origin
 
@@ -40,6 +41,7 @@ def invert(
     guidance: float = 1.0,
     shard: int = 512,
     batch: int = 256,
+    prompts: Path | None = None,
     lease: float = 0.0,
 ) -> None:
     """Carry real latents to noise through a teacher's EMA weights, as a pair set that `Mixed` takes beside collected ones.
@@ -55,16 +57,20 @@ def invert(
         guidance: scale w of u + w (c - u), as that of the pairs that these are mixed with; 1 is none.
         shard: pairs in one shard, the unit of work.
         batch: latents inverted at once.
+        prompts: what a teacher that is told texts is told of each class, a line for each; the set records it.
         lease: 0 deals shards out by rank; else processes claim them, and a claim not renewed for so many seconds is void.
     """
     if batch < 1:
         raise ValueError(f"batch: {batch}, it must be at least 1")
     state, source = job.start(), Latents(str(latents))
     denoiser, codec, condition = teachers.load(teacher)
+    condition = prompted(condition, prompts, teacher)
     agree(teacher, (denoiser, codec, condition), source)
     walk = getattr(samplers, sampler)(steps)
     plan = {**origin(denoiser), "sampler": sampler, "steps": steps, "guidance": guidance, "batch": batch, "dtype": "float16"}
     plan["latents"] = digest(canonical([part["sha256"] for part in source.manifest["shards"]]))
+    if isinstance(condition, Prompts):
+        plan["prompts"] = condition.digest
     writer = PairWriter(out, plan, len(source.reader), None, denoiser.shape, shard)
 
     def make(number: int) -> Made:

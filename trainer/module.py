@@ -162,13 +162,16 @@ class Generator(LightningModule):
         return self.objective(denoiser, x, coupled(batch, draws, x), cond, draws)
 
     def on_fit_start(self) -> None:
-        """Refuse pairs of another origin, and put the codec onto the device and into the run, which is whole by itself."""
+        """Refuse pairs of another origin, and put codec and text encoder into the run, which is whole by itself."""
         self.codec.to(self.device)
         stream = getattr(self.trainer, "datamodule", None)
         for source in (getattr(stream, "source", None), getattr(stream, "heldout", None)):
             for part in source.sources if isinstance(source, Mixed) else [source]:
                 if isinstance(part, Set | Streamed):
                     self._agree(part)
+        if isinstance(self.condition, Prompts) and self.trainer.is_global_zero:
+            with atomic_folder(Path(self.trainer.default_root_dir) / teacher.TEXTS) as folder:
+                self.condition.save(folder)
         if isinstance(self.codec, KL) and self.trainer.is_global_zero:
             with atomic_folder(Path(self.trainer.default_root_dir) / "codec") as folder:
                 self.codec.save(folder)

@@ -174,8 +174,11 @@ def test_a_student_goes_back_to_plain_stable_diffusion(folder, prompts, pairs, t
     out = tmp_path / "runs/text/export"
     subprocess.run([sys.executable, "-P", "-c", PLAIN, str(out), str(tmp_path / "theirs.pt")], check=True, cwd=tmp_path)
     theirs = torch.load(tmp_path / "theirs.pt", weights_only=True).permute(0, 3, 1, 2)
-    torch.testing.assert_close(theirs, ours(run, prompts), rtol=0, atol=1e-4)
-    assert (ours(run, prompts) - ours(folder, prompts)).abs().max() > 1e-3
+    shutil.move(run, tmp_path / "moved")  # a run is whole by itself
+    (tmp_path / "runs/text/teacher").unlink()
+    drawn = ours(tmp_path / "moved", prompts)
+    torch.testing.assert_close(theirs, drawn, rtol=0, atol=1e-4)
+    assert (drawn - ours(folder, prompts)).abs().max() > 1e-3
     assert read_json(out / "export.json")["max_abs_diff"] < 1e-4 and '["a prompt"]' in (out / "README.md").read_text()
     if peft:
         base = UNet2DConditionModel.from_pretrained(folder / "unet")
@@ -240,7 +243,18 @@ def test_what_does_not_fit_is_one_line(folder, prompts, pairs, workspace, tmp_pa
     refused("No such file", *collect, folder, "--prompts", tmp_path / "missing.txt")
     shutil.copytree(folder, tmp_path / "bare")
     shutil.rmtree(tmp_path / "bare/tokenizer")
-    refused("no readable tokenizer and text_encoder", *collect, tmp_path / "bare", "--prompts", prompts)
+    refused("no tokenizer in it", *collect, tmp_path / "bare", "--prompts", prompts)
+    for place, said, change in (
+        ("text_encoder", "masks what pads a text", {"use_attention_mask": True}),
+        ("tokenizer", "a tokenizer makes texts of 13 tokens", {"model_max_length": 13}),
+        ("unet", "not a readable UNet2DConditionModel", {"cross_attention_dim": 8}),
+    ):
+        shutil.copytree(folder, tmp_path / said)
+        file = tmp_path / said / place / ("tokenizer_config.json" if place == "tokenizer" else "config.json")
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+        refused(
+            said if place != "unet" else "not a readable UNet2DConditionModel", *collect, tmp_path / said, "--prompts", prompts
+        )
     (tmp_path / "other.txt").write_text("a dog\n")
     fit = ("fit", "--config", REPOSITORY / "configs/text/student.yaml", "--out", tmp_path / "run", "--trainer.logger", "false")
     fit += ("--model.denoiser.folder", folder, "--model.initial", folder, "--model.codec", folder / "vae", "--data.batch", "8")

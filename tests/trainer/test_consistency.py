@@ -7,6 +7,7 @@ import torch
 
 from data.batch import Batch
 from models.denoiser import Denoiser
+from models.guidance import Told as Scaled
 from models.interpolant import Karras, Linear, SubVariancePreserving, Trigonometric, VariancePreserving
 from models.nets.dit import DiT
 from models.prediction import Karras as Preconditioned
@@ -217,6 +218,11 @@ def test_the_target_may_be_the_students_average():
         loss(own, student)
     student.averages = {key: value.clone() for key, value in student.state_dict().items()}
     assert torch.equal(loss(own, student), loss(plain, student))
+    scaled = Denoiser(DiT(2, 1, 1, 16, 1, 2, scaled=True), Linear(), Velocity()).double()
+    for value in scaled.parameters():
+        torch.nn.init.normal_(value, std=0.1)
+    scaled.averages = {key: value.clone() for key, value in scaled.state_dict().items()}
+    assert torch.equal(loss(own, Scaled(scaled, 5.0)), loss(plain, Scaled(scaled, 5.0))) and own.target  # told the scale too
     student.averages = dict(other.state_dict(keep_vars=True))
     found, (x, eps), form = loss(own, student), coupled(), student.interpolant
     torch.manual_seed(0)

@@ -168,6 +168,16 @@ def test_no_heldout_loss_is_lost_to_a_kill(train, images, monkeypatch, tmp_path)
         assert [step for step, _ in undisturbed] == [2, 4] and losses(train(*words, out=out, steps=4)[0]) == undisturbed
 
 
+@pytest.mark.parametrize("often", [(1, 4), (2, 4), (None, 0)])
+def test_no_checkpoint_waits_for_a_validation_that_does_not_come(train, images, often):
+    """Lightning may be told to count batches within epochs, and to leave epochs out."""
+    words = ["--data.heldout", "Images", "--data.heldout.path", str(images / "heldout"), "--trainer.val_check_interval", "2"]
+    if often[0]:
+        words += ["--trainer.check_val_every_n_epoch", str(often[0]), "--trainer.limit_train_batches", str(often[1])]
+    run, _ = train(*words, "--checkpoints.every", "3", "--checkpoints.keep", "99", steps=13)
+    assert [int(path.stem[5:]) for path in sorted((run / "checkpoints").glob("step=*"))] == [3, 6, 9, 12, 13]
+
+
 def test_whatever_an_objective_asks_is_counted_and_a_resumed_run_counts_on(train):
     asking = ("--model.objective", "tests.trainer.test_cost.Asking")
     run, lines = train(*asking, steps=5)
@@ -211,6 +221,14 @@ def test_a_pipeline_sums_up_what_its_stages_cost(tmp_path):
     (tmp_path / "teacher" / "checkpoints" / "step=000000002.ckpt").touch()
     write_json(tmp_path / "teacher" / "config.yaml", {"metrics": {"every": 20}, "trainer": {"max_steps": 2}})
     assert cost(tmp_path)["total"] == 116
+    sparse = "".join(json.dumps({"step": n, "loss": 1.0, "evaluations": 1}) + "\n" for n in (4, 8))  # every 4, then every 3
+    (tmp_path / "pairs" / "metrics.jsonl").write_text(sparse)
+    (tmp_path / "pairs" / "checkpoints").mkdir()
+    (tmp_path / "pairs" / "checkpoints" / "step=000000010.ckpt").touch()
+    write_json(tmp_path / "pairs" / "config.yaml", {"metrics": {"every": 3}, "trainer": {"max_steps": 20}})
+    assert cost(tmp_path)["evaluations"]["pairs"] == 1
+    shutil.rmtree(tmp_path / "pairs" / "checkpoints")
+    (tmp_path / "pairs" / "metrics.jsonl").unlink()
     (tmp_path / "teacher" / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
     with pytest.raises(ValueError, match="ends at step 1, step=000000002.ckpt is newer"):
         cost(tmp_path)

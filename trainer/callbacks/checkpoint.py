@@ -43,7 +43,9 @@ def check(trainer: Trainer) -> None:
 def validated(trainer: Trainer) -> bool:
     """Tell whether this batch is one that held-out batches follow."""
     every, batches = trainer.val_check_batch, trainer.fit_loop.total_batch_idx + 1
-    return isinstance(every, int) and batches % every == 0 and trainer.enable_validation and any(trainer.num_val_batches)
+    if trainer.check_val_every_n_epoch is not None or not isinstance(every, int):
+        return False  # where Lightning counts otherwise than in batches of the whole run, a checkpoint does not wait
+    return batches % every == 0 and trainer.enable_validation and any(trainer.num_val_batches)
 
 
 class Checkpoints(Checkpoint):

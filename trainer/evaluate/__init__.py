@@ -260,12 +260,14 @@ def evaluate(
             "floors": floors(drawing.codec.cpu(), look, sets, samples, seed),
             "seconds": round(time.monotonic() - began, 1),
         }
-        told_of = {
+        told_of: dict[str, Any] = {
             "samples": samples,
             "guidance": guidance,
             "seed": seed,
             **({"teacher_guidance": teacher_guidance} if taught else {}),
         }
+        if isinstance(drawing.condition, Prompts):
+            told_of["prompts"] = drawing.condition.digest
         for place, name in walks.items():
             settings = {**told_of, "sampler": name, "edges": edges}
             write_json(place / "evaluation.json", {**origin, **results[place], **shared, "settings": settings})

@@ -10,7 +10,7 @@ from models import teacher as teachers
 from models.codec import Codec
 from models.condition import Condition, Unconditional
 from models.denoiser import Denoiser
-from models.guidance import Guided
+from models.guidance import Guided, Told
 from models.interpolant import Interpolant
 from models.prediction import Prediction
 from models.sampler import DDIM, DenoiserLike, Walk
@@ -100,8 +100,9 @@ class Averaged:
         Raises:
             ValueError: the run keeps none, or in shards.
         """
-        own = Average(getattr(student, "denoiser", student))  # type: ignore[arg-type]  # within one that is told a scale
-        return Guided(own, self.guidance)
+        if isinstance(student, Told):  # a scale, which the average is told too
+            return Guided(Told(Average(student.denoiser), student.scale), self.guidance)  # type: ignore[arg-type]
+        return Guided(Average(student), self.guidance)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -76,5 +76,5 @@ class Online(Objective):
         if cond is None:
             return x, eps, None
         if told is None or not isinstance(condition, ClassLabel):
-            raise ValueError(f"Online: {self.teacher.run} knows no classes, the student is told some; give it Unconditional")
+            raise ValueError(f"Online: {self.teacher.run} knows no classes, the student is told some; give both one condition")
         return x, eps, told.where(cond < condition.classes, cond)  # what was dropped from the batch is dropped here

@@ -152,6 +152,8 @@ def gather(run: Path, claims: dict[str, Any]) -> dict[str, Any]:
     terms = alike(every, str(run / "evaluation"))
     path = run / "plane" / "plane.json"
     plane = {"plane": read(path, forms.FIGURES)} if path.exists() else {}
+    if plane and not plane["plane"]["rows"]:
+        raise ValueError(f"{path}: holds no rows; delete {path.parent} and run `rectify plane` again")
     return {"format": 1, **terms, **plane, "teachers": teachers, "missing": missing, "rows": [row for row in told if row["fd"]]}
 
 

@@ -88,8 +88,9 @@ def run_log(run: Path) -> list[dict[str, Any]]:
         with naming(config):
             told = yaml.safe_load(config.read_text())
             step, every, last = int(newest.stem.removeprefix("step=")), told["metrics"]["every"], told["trainer"]["max_steps"]
-            due = step if step == last else step - step % every
-        if (reached := max((values["step"] for values in log if "loss" in values), default=0)) < due:
+        steps = [0, *(values["step"] for values in log if "loss" in values)]
+        gap = max([every, *(after - before for before, after in zip(steps, steps[1:]))])  # `every` may have been another before
+        if (reached := steps[-1]) < (step if step == last else step - gap + 1):
             raise ValueError(f"{run}/metrics.jsonl: ends at step {reached}, {newest.name} is newer; its end is lost")
     return log
 
