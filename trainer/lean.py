@@ -56,8 +56,11 @@ class Direct:
         """Call a hook of all callbacks."""
         if name not in HEARD:
             return self.kept["callbacks"](trainer, name, *args, **options)
+        about = vars(self.told)
+        about["_current_fx_name"], before = name, about["_current_fx_name"]  # for `self.log`, which must know where it is called
         for hook in self.heard[name]:
             hook(trainer, self.told, *args)
+        about["_current_fx_name"] = before
 
     def module(self, trainer: Trainer, name: str, *args: Any, **options: Any) -> Any:
         """Call a hook of the module."""
@@ -143,7 +146,7 @@ class Loop(_TrainingEpochLoop):
         if trainer.accumulate_grad_batches > 1:
             return automatic.run(trainer.optimizers[0], number, OrderedDict(batch=batch, batch_idx=number))
         strategy, optimizer, progress = trainer.strategy, trainer.optimizers[0], automatic.optim_progress.optimizer
-        said: dict[str, Any] = {}
+        said, about = dict[str, Any](), vars(direct.told)
 
         def closure() -> Tensor:
             with torch.enable_grad():
@@ -153,7 +156,9 @@ class Loop(_TrainingEpochLoop):
                 progress.zero_grad.increment_started()
                 direct.module(trainer, "optimizer_zero_grad", trainer.current_epoch, number, optimizer)
                 progress.zero_grad.increment_completed()
+                about["_current_fx_name"] = "training_step"
                 out = strategy.training_step(batch, number)
+                about["_current_fx_name"] = None
                 said.update({"loss": out} if isinstance(out, Tensor) else out or {})
                 loss, said["loss"] = said["loss"], said["loss"].detach().clone()
                 strategy.backward(loss, optimizer)

@@ -39,6 +39,7 @@ class Plain(LightningModule):
         self.weight = torch.nn.Parameter(torch.ones(3))
 
     def training_step(self, batch, _):
+        self.log("mean", batch.mean(), on_step=True, on_epoch=True)
         return (self.weight * batch).square().sum()
 
     def validation_step(self, batch, _):
@@ -55,12 +56,28 @@ class Plain(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": self.interval}}
 
 
+class Logs(Callback):
+    """A callback that logs, as a user's may."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, number):
+        module.log("loss", outputs["loss"], on_step=True, on_epoch=True, batch_size=len(batch))
+
+    def on_before_backward(self, trainer, module, loss):
+        module.log("before", loss.detach())
+
+
 def trained(tmp_path, leanly, **options):
     """Return what four steps left behind: weights, logged values, hooks heard, and all that Lightning counts."""
     module, told = Plain(), Told()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
-        max_steps=4, gradient_clip_val=0.5, callbacks=[told], default_root_dir=tmp_path, accelerator="cpu", **quiet, **options
+        max_steps=4,
+        gradient_clip_val=0.5,
+        callbacks=[told, Logs()],
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        **quiet,
+        **options,
     )
     batches = DataLoader(torch.arange(48.0).view(16, 3), batch_size=2)
     before = call._call_callback_hooks
@@ -71,7 +88,12 @@ def trained(tmp_path, leanly, **options):
     else:
         trainer.fit(module, batches, batches)
     assert call._call_callback_hooks is before
-    return module.weight.tolist(), trainer.callback_metrics["sum"].item(), told.said, trainer.fit_loop.state_dict()
+    return (
+        module.weight.tolist(),
+        {name: value.item() for name, value in trainer.callback_metrics.items()},
+        told.said,
+        trainer.fit_loop.state_dict(),
+    )
 
 
 OPTIONS: list[dict] = [
