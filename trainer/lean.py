@@ -150,7 +150,7 @@ class Loop(_TrainingEpochLoop):
 
         def closure() -> Tensor:
             with torch.enable_grad():
-                progress.zero_grad.increment_ready()
+                progress.zero_grad.increment_ready()  # before the forward pass, which may have the gradients' memory
                 direct.callbacks(trainer, "on_before_zero_grad", optimizer)
                 direct.module(trainer, "on_before_zero_grad", optimizer)
                 progress.zero_grad.increment_started()

@@ -101,8 +101,9 @@ def rectify(workspace, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in RUNS if path.parent.name != "text"], ids=lambda path: path.stem)
 def test_every_config_trains_a_step(rectify, tmp_path, path):
+    """Those of text students are run in test_text, which makes their teacher."""
     header = path.read_text().splitlines()
     command = next(line for line in header if line.startswith("#   rectify"))
     words = shlex.split(command.removeprefix("#   rectify "))
