@@ -282,3 +282,15 @@ def test_networks_that_are_told_more_are_refused(folder, tmp_path):
     if not Prompts(str(folder)).zeros:  # else no text is encoded alike by all
         with pytest.raises(ValueError, match="has not the text encoder"):
             Generator(denoiser, condition=Prompts(str(tmp_path / "other")))
+
+
+def test_files_that_other_programs_wrote_mean_what_they_mean_there(folder, tmp_path):
+    """A byte order mark is no part of a prompt; an index that does not state the negative has diffusers' default."""
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa dog\r\na\xe2\x80\xa8cat")
+    assert Prompts(str(folder), str(tmp_path / "prompts.txt")).lines == ["a dog", "a\u2028cat"]
+    shutil.copytree(folder, tmp_path / "older")
+    told = json.loads((folder / "model_index.json").read_text())
+    index = {key: value for key, value in told.items() if key != "force_zeros_for_empty_prompt"}
+    (tmp_path / "older/model_index.json").write_text(json.dumps(index))
+    found = [Prompts(str(place)).nothing(torch.device("cpu")) for place in (folder, tmp_path / "older")]
+    assert torch.equal(*found)
