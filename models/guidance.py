@@ -1,6 +1,7 @@
 """Classifier-free guidance (2207.12598) in one convention: `u + w (c - u)`; w = 1 is none."""
 
 import logging
+from abc import ABC, abstractmethod
 from functools import cache
 
 import torch
@@ -99,17 +100,10 @@ class Guided(nn.Module):
         return factor * x_hat, eps_hat + expand(alpha / sigma, x_hat) * (1 - factor) * x_hat
 
 
-class Told(nn.Module):
-    """A denoiser that reads a scale of guidance, told one: it is guided at the cost of one evaluation (2210.03142).
+class Form(nn.Module, ABC):
+    """A denoiser of another's form: `self.denoiser`'s."""
 
-    Args:
-        denoiser: called as denoiser(x_t, t, cond, s, w).
-        scale: w, a number or one for each sample, (B,).
-    """
-
-    def __init__(self, denoiser: Denoiser, scale: float | Tensor):
-        super().__init__()
-        self.denoiser, self.scale = denoiser, scale
+    denoiser: Denoiser
 
     @property
     def interpolant(self) -> Interpolant:
@@ -125,6 +119,23 @@ class Told(nn.Module):
     def jumps(self) -> bool:
         """Whether the denoiser reads a second time."""
         return self.denoiser.jumps
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (x_hat, eps_hat), shapes (B, C, H, W)."""
+
+
+class Told(Form):
+    """A denoiser that reads a scale of guidance, told one: it is guided at the cost of one evaluation (2210.03142).
+
+    Args:
+        denoiser: called as denoiser(x_t, t, cond, s, w).
+        scale: w, a number or one for each sample, (B,).
+    """
+
+    def __init__(self, denoiser: Denoiser, scale: float | Tensor):
+        super().__init__()
+        self.denoiser, self.scale = denoiser, scale
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (x_hat, eps_hat) at the scale, shapes (B, C, H, W)."""

@@ -28,10 +28,16 @@ def asked(condition: Condition, indices: range, classes: int | None = None) -> T
     return torch.tensor(indices) % classes if classes else condition.asked(indices)
 
 
-def origin(denoiser: Denoiser) -> dict[str, Any]:
-    """Return the provenance that a teacher gives its pairs."""
+def told(condition: Condition, raw: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return what the network reads of raw conditions, (n, ...), on a device: where texts are encoded, too."""
+    return condition(None if raw is None else raw.to(device))
+
+
+def origin(denoiser: Denoiser, condition: Condition) -> dict[str, Any]:
+    """Return the provenance that a teacher, and the prompts that it is asked for, give its pairs."""
     form = {"interpolant": repr(denoiser.interpolant), "prediction": repr(denoiser.prediction)}
-    return {"teacher": teachers.fingerprint(denoiser), **form}
+    texts = {"prompts": condition.digest} if isinstance(condition, Prompts) else {}
+    return {"teacher": teachers.fingerprint(denoiser), **form, **texts}
 
 
 def draw(
@@ -122,24 +128,26 @@ def collect(
     state = job.start()
     denoiser, _, condition = teachers.load(teacher)
     condition = prompted(condition, prompts, teacher)
-    walk, told = getattr(samplers, sampler)(steps), guidance if guidance_max is None else [guidance, guidance_max]
-    plan = {**origin(denoiser), "sampler": sampler, "steps": steps, "guidance": told, "batch": batch, "dtype": "float16"}
+    walk, scale = getattr(samplers, sampler)(steps), guidance if guidance_max is None else [guidance, guidance_max]
+    plan = {
+        **origin(denoiser, condition),
+        "sampler": sampler,
+        "steps": steps,
+        "guidance": scale,
+        "batch": batch,
+        "dtype": "float16",
+    }
     if classes is not None:
         if not 1 <= classes <= getattr(condition, "classes", 0):
             raise ValueError(f"classes: {classes}; {teacher} knows {getattr(condition, 'classes', 0)}")
         plan["asked"] = classes
-    if isinstance(condition, Prompts):
-        plan["prompts"] = condition.digest
     writer = PairWriter(out, plan, pairs, seed, denoiser.shape, shard, store_noise)
 
     def make(number: int) -> Made:
         indices = writer.shards.indices(number)
-        raw, w = (
-            asked(condition, indices, classes),
-            None if guidance_max is None else scales(seed, indices, guidance, guidance_max),
-        )
-        eps, scale = writer.noise(number), guidance if w is None else w
-        cond = condition(raw if raw is None else raw.to(state.device))
-        return draw(walk, denoiser, eps, cond, scale, batch, state.device), raw, eps, w
+        raw, eps = asked(condition, indices, classes), writer.noise(number)
+        w = None if guidance_max is None else scales(seed, indices, guidance, guidance_max)
+        cond = told(condition, raw, state.device)
+        return draw(walk, denoiser, eps, cond, guidance if w is None else w, batch, state.device), raw, eps, w
 
     fill(writer, make, state, lease, "collect", walk.nfe(at(denoiser, guidance_max or guidance)))

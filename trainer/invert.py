@@ -14,9 +14,9 @@ from models.codec import KL, Codec
 from models.condition import ClassLabel, Condition, Unconditional
 from models.denoiser import Denoiser
 from models.guidance import at
-from models.text import Prompts, prompted
+from models.text import prompted
 from trainer import job
-from trainer.collect import Made, draw, fill, origin
+from trainer.collect import Made, draw, fill, origin, told
 
 
 def agree(teacher: Path, parts: tuple[Denoiser, Codec, Condition], source: Latents) -> None:
@@ -67,16 +67,21 @@ def invert(
     condition = prompted(condition, prompts, teacher)
     agree(teacher, (denoiser, codec, condition), source)
     walk = getattr(samplers, sampler)(steps)
-    plan = {**origin(denoiser), "sampler": sampler, "steps": steps, "guidance": guidance, "batch": batch, "dtype": "float16"}
+    plan = {
+        **origin(denoiser, condition),
+        "sampler": sampler,
+        "steps": steps,
+        "guidance": guidance,
+        "batch": batch,
+        "dtype": "float16",
+    }
     plan["latents"] = digest(canonical([part["sha256"] for part in source.manifest["shards"]]))
-    if isinstance(condition, Prompts):
-        plan["prompts"] = condition.digest
     writer = PairWriter(out, plan, len(source.reader), None, denoiser.shape, shard)
 
     def make(number: int) -> Made:
         real = source.read(np.array(writer.shards.indices(number)))
         raw = None if isinstance(condition, Unconditional) else real.condition
-        cond = condition(raw if raw is None else raw.to(state.device))
+        cond = told(condition, raw, state.device)
         return real.x, raw, draw(walk.invert, denoiser, real.x, cond, guidance, batch, state.device), None
 
     fill(writer, make, state, lease, "invert", walk.nfe(at(denoiser, guidance)))

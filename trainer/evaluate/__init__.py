@@ -22,7 +22,7 @@ from models.codec import Codec, to_uint8
 from models.guidance import at
 from models.text import Prompts, prompted
 from trainer import job
-from trainer.collect import asked
+from trainer.collect import asked, told
 from trainer.evaluate.classifier import trained
 from trainer.evaluate.extractor import Extractor, Filter, Look
 from trainer.evaluate.measures import frechet, nearest, recall, trajectories
@@ -76,7 +76,7 @@ class Drawing:
         """Return (noises, raw conditions, conditions as the network reads them) of indices."""
         eps = torch.stack([noise(self.seed, i, self.shape) for i in indices]).to(self.state.device)
         raw = asked(self.condition, indices, self.classes)
-        return eps, raw, self.condition(raw if raw is None else raw.to(self.state.device))
+        return eps, raw, told(self.condition, raw, self.state.device)
 
     def images(self, indices: range, steps: int) -> tuple[Tensor, Tensor | None]:
         """Return images in [-1, 1], on the CPU, and the classes asked."""

@@ -3,16 +3,15 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from models import teacher as teachers
 from models.codec import Codec
 from models.condition import Condition, Unconditional
 from models.denoiser import Denoiser
-from models.guidance import Guided, Told
+from models.guidance import Form, Guided, Told
 from models.interpolant import Interpolant
-from models.prediction import Prediction
 from models.sampler import DDIM, DenoiserLike, Walk
 
 
@@ -46,7 +45,7 @@ class Frozen:
         return Guided(self.denoiser.to(like.device), self.guidance)
 
 
-class Average(nn.Module):
+class Average(Form):
     """A denoiser with the averages of its weights in their place.
 
     Args:
@@ -60,21 +59,6 @@ class Average(nn.Module):
         self.denoiser, self.averages = denoiser, denoiser.averages
         if any(isinstance(value, DTensor) for value in self.averages.values()):
             raise ValueError("Averaged: the weights are sharded; train with another trainer.strategy than fsdp2")
-
-    @property
-    def interpolant(self) -> Interpolant:
-        """The denoiser's own interpolant."""
-        return self.denoiser.interpolant
-
-    @property
-    def prediction(self) -> Prediction:
-        """What the denoiser's network predicts."""
-        return self.denoiser.prediction
-
-    @property
-    def jumps(self) -> bool:
-        """Whether the denoiser reads a second time."""
-        return self.denoiser.jumps
 
     def forward(self, *states: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return (x_hat, eps_hat), shapes (B, C, H, W)."""
