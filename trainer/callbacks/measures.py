@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data.noise import noise
 from trainer.callbacks.ema import EMA
-from trainer.collect import asked
+from trainer.collect import asked, told
 from trainer.evaluate.measures import trajectories
 from trainer.fsdp import local
 from trainer.module import Generator
@@ -41,10 +41,7 @@ class Measures(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a run in which there is nothing to measure, or too little for all ranks."""
-        if not isinstance(pl_module, Generator):
-            raise ValueError(f"Measures: measures generators, not {type(pl_module).__name__}; leave it out of trainer.callbacks")
-        if getattr(getattr(trainer, "datamodule", None), "heldout", None) is None:
-            raise ValueError("Measures: measures when the run validates, but there is no data.heldout; give one, or leave it out")
+        judged(self, trainer, pl_module)
         if self.samples < trainer.world_size:
             raise ValueError(f"Measures: samples ({self.samples}) must be at least the number of processes, {trainer.world_size}")
 
@@ -53,13 +50,22 @@ class Measures(Callback):
         assert isinstance(pl_module, Generator)
         mine, device = range(trainer.global_rank, self.samples, trainer.world_size), pl_module.device
         denoiser, raw = pl_module.denoiser, asked(pl_module.condition, mine)
-        told = pl_module.condition(raw if raw is None else raw.to(device))
+        cond = told(pl_module.condition, raw, device)
         eps = torch.stack([noise(self.seed, i, denoiser.shape) for i in mine]).to(device)
         ema = next((one for one in trainer.callbacks if isinstance(one, EMA)), None)  # type: ignore[attr-defined]
         with lent(denoiser, ema.averages.get("", {}) if ema else {}):
-            found = scalars(trajectories(denoiser, eps, told, self.steps))
+            found = scalars(trajectories(denoiser, eps, cond, self.steps))
         share = len(mine) * trainer.world_size / self.samples  # of a rank: all count alike in Lightning's mean over them
         pl_module.log_dict({name: share * value for name, value in found.items()}, logger=False, sync_dist=True, batch_size=1)
+
+
+def judged(callback: Callback, trainer: Trainer, module: LightningModule) -> None:
+    """Refuse a callback that judges a generator in validation where there is none of the two."""
+    name = type(callback).__name__
+    if not isinstance(module, Generator):
+        raise ValueError(f"{name}: measures generators, not {type(module).__name__}; leave it out of trainer.callbacks")
+    if getattr(getattr(trainer, "datamodule", None), "heldout", None) is None:
+        raise ValueError(f"{name}: measures when the run validates, but there is no data.heldout; give one, or leave it out")
 
 
 def scalars(found: dict[str, Any]) -> dict[str, float]:

@@ -10,8 +10,8 @@ from data.images import Images, read_all
 from data.noise import noise
 from models.sampler import DDIM
 from trainer.callbacks.ema import EMA
-from trainer.callbacks.measures import lent
-from trainer.collect import asked
+from trainer.callbacks.measures import judged, lent
+from trainer.collect import asked, told
 from trainer.evaluate.classifier import trained
 from trainer.evaluate.measures import frechet, recall
 from trainer.module import Generator
@@ -42,10 +42,7 @@ class Quality(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a run in which nothing is validated, and samples that do not go round."""
-        if not isinstance(pl_module, Generator):
-            raise ValueError(f"Quality: measures generators, not {type(pl_module).__name__}; leave it out of trainer.callbacks")
-        if getattr(getattr(trainer, "datamodule", None), "heldout", None) is None:
-            raise ValueError("Quality: draws when the run validates, but there is no data.heldout; give one, or leave it out")
+        judged(self, trainer, pl_module)
         if self.samples % trainer.world_size:
             raise ValueError(f"Quality: samples is {self.samples}, no multiple of the {trainer.world_size} processes")
 
@@ -68,10 +65,10 @@ class Quality(Callback):
                 parts = [self._drawn(pl_module, chunk, steps) for chunk in self._chunks(trainer)]
                 features, hits = (trainer.strategy.all_gather(torch.cat(part)) for part in zip(*parts))
                 fake = features.reshape(-1, features.shape[-1]).cpu()
-                told = {"fd": frechet(self.real, fake), "recall": recall(self.real, fake), "precision": recall(fake, self.real)}
+                found = {"fd": frechet(self.real, fake), "recall": recall(self.real, fake), "precision": recall(fake, self.real)}
                 if asked(pl_module.condition, range(1)) is not None:
-                    told["accuracy"] = hits.float().mean().item()
-                pl_module.log_dict({f"{name}_{steps}": value for name, value in told.items()}, logger=False, batch_size=1)
+                    found["accuracy"] = hits.float().mean().item()
+                pl_module.log_dict({f"{name}_{steps}": value for name, value in found.items()}, logger=False, batch_size=1)
 
     def _chunks(self, trainer: Trainer) -> list[range]:
         """Return the indices that this rank draws, as many as any other."""
@@ -81,9 +78,9 @@ class Quality(Callback):
     def _drawn(self, module: Generator, indices: range, steps: int) -> tuple[Tensor, Tensor]:
         """Return (features, whether the classifier sees the asked class) of samples."""
         raw = asked(module.condition, indices)
-        told = module.condition(raw if raw is None else raw.to(module.device))
+        cond = told(module.condition, raw, module.device)
         eps = torch.stack([noise(self.seed, i, module.denoiser.shape) for i in indices]).to(module.device)
-        images = module.codec.decode(DDIM(steps)(module.denoiser, eps, told)).clamp(-1, 1).cpu()
+        images = module.codec.decode(DDIM(steps)(module.denoiser, eps, cond)).clamp(-1, 1).cpu()
         features, logits = self.look(images)
         hits = torch.zeros(len(images), dtype=torch.bool) if raw is None else logits.argmax(1) == raw
         return features.to(module.device), hits.to(module.device)
