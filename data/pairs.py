@@ -14,7 +14,7 @@ from data.files import digest
 from data.form import COUNT, NUMBER, SHA256, conform
 from data.images import labels
 from data.latents import latent_sample
-from data.noise import GENERATOR, noise
+from data.noise import GENERATOR, noise, noises
 from data.shards import ShardReader, ShardWriter, decode_array, encode_array
 
 INVERTED = "inverted"  # said of noises that a teacher carried real latents to: they are stored, no seed gives them
@@ -70,7 +70,7 @@ class PairWriter:
     def noise(self, number: int) -> Tensor:
         """Return the noises of a shard, (n, C, H, W), as the set's seed gives them."""
         assert self.seed is not None
-        return torch.stack([noise(self.seed, i, self.shape) for i in self.shards.indices(number)])
+        return noises(self.seed, self.shards.indices(number), self.shape)
 
     def write(
         self,
@@ -135,7 +135,7 @@ class PairSet:
         """Return the noises that these pairs' samples were drawn from, (B, C, H, W): a pair's place is its noise's index."""
         if self.seed is None or self.manifest["store_noise"]:
             return torch.from_numpy(self.reader.arrays("noise.npy", indices))
-        return torch.stack([noise(self.seed, int(i), self.shape) for i in indices])
+        return noises(self.seed, indices, self.shape)
 
     def distances(self) -> np.ndarray:
         """Return the root mean square of sample - noise of every pair, (n,): as recorded, or measured in sets of old."""

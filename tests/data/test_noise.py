@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from data.batch import Batch
-from data.noise import generator, noise, permutation
+from data.noise import generator, noise, noises, permutation
 from trainer.draws import CHUNK, Draws
 
 
@@ -26,6 +26,13 @@ def test_golden_bits():
     for (seed, index), expected in golden.items():
         assert bits(noise(seed, index, (4, 8, 8))) == expected
     assert noise(0, 0, (4, 8, 8)).dtype == torch.float32
+
+
+def test_many_at_once_are_each_alone():
+    indices = [7, 2**63 - 1, 0, 7]
+    for shape in [(), (3,), (4, 8, 8)]:
+        assert torch.equal(noises(5, indices, shape), torch.stack([noise(5, i, shape) for i in indices]))
+        assert noises(5, [], shape).shape == (0, *shape)
 
 
 def test_one_index_is_one_noise():

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from data.noise import noise
+from data.noise import noises
 from trainer.callbacks.ema import EMA
 from trainer.collect import asked, told
 from trainer.evaluate.measures import trajectories
@@ -51,7 +51,7 @@ class Measures(Callback):
         mine, device = range(trainer.global_rank, self.samples, trainer.world_size), pl_module.device
         denoiser, raw = pl_module.denoiser, asked(pl_module.condition, mine)
         cond = told(pl_module.condition, raw, device)
-        eps = torch.stack([noise(self.seed, i, denoiser.shape) for i in mine]).to(device)
+        eps = noises(self.seed, mine, denoiser.shape).to(device)
         ema = next((one for one in trainer.callbacks if isinstance(one, EMA)), None)  # type: ignore[attr-defined]
         with lent(denoiser, ema.averages.get("", {}) if ema else {}):
             found = scalars(trajectories(denoiser, eps, cond, self.steps))

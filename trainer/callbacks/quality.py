@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from data.images import Images, read_all
-from data.noise import noise
+from data.noise import noises
 from models.sampler import DDIM
 from trainer.callbacks.ema import EMA
 from trainer.callbacks.measures import judged, lent
@@ -79,7 +79,7 @@ class Quality(Callback):
         """Return (features, whether the classifier sees the asked class) of samples."""
         raw = asked(module.condition, indices)
         cond = told(module.condition, raw, module.device)
-        eps = torch.stack([noise(self.seed, i, module.denoiser.shape) for i in indices]).to(module.device)
+        eps = noises(self.seed, indices, module.denoiser.shape).to(module.device)
         images = module.codec.decode(DDIM(steps)(module.denoiser, eps, cond)).clamp(-1, 1).cpu()
         features, logits = self.look(images)
         hits = torch.zeros(len(images), dtype=torch.bool) if raw is None else logits.argmax(1) == raw

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.files import file_digest, replacing, write_json
 from data.images import Images, read_all
-from data.noise import noise, underway
+from data.noise import noises, underway
 from data.progress import Meter
 from models import sampler as samplers
 from models import teacher as teachers
@@ -74,7 +74,7 @@ class Drawing:
 
     def start(self, indices: range) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return (noises, raw conditions, conditions as the network reads them) of indices."""
-        eps = torch.stack([noise(self.seed, i, self.shape) for i in indices]).to(self.state.device)
+        eps = noises(self.seed, indices, self.shape).to(self.state.device)
         raw = asked(self.condition, indices, self.classes)
         return eps, raw, told(self.condition, raw, self.state.device)
 

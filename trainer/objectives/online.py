@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from data.noise import noise
+from data.noise import noises
 from models.condition import ClassLabel, Unconditional
 from models.sampler import DDIM, DenoiserLike
 from trainer.collect import asked
@@ -70,7 +70,7 @@ class Online(Objective):
         condition, teacher = self.teacher.condition, self.teacher.on(student, like)
         raw = asked(condition, indices)
         told = None if raw is None else raw.to(like.device)
-        eps = torch.stack([noise(self.seed, i, like.shape[1:]) for i in indices]).to(like.device)
+        eps = noises(self.seed, indices, like.shape[1:]).to(like.device)
         with torch.autocast(like.device.type, enabled=False):  # as the stored pairs are drawn
             x = self.walk(teacher, eps, told).half().float()
         if cond is None:
