@@ -1,5 +1,7 @@
 """Export of students of diffusers' own networks: the pipeline that their teacher was, adapters merged, and the adapters alone."""
 
+import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,6 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
 )
 from torch import Tensor
 
@@ -77,14 +77,13 @@ def pipeline(denoiser: Denoiser, codec: Codec, condition: Condition) -> Diffusio
     chain = isinstance(denoiser.interpolant, Discrete) and type(denoiser.prediction) in ROWS.values()
     if net.kind == "UNet2DModel" and chain and not net.classes and not isinstance(codec, KL):
         return DDIMPipeline(net.merged(), schedule(denoiser))
-    if net.kind == "UNet2DConditionModel" and chain and isinstance(codec, KL) and isinstance(condition, Prompts):
-        vae, unet, walk, texts = plain_vae(codec), net.merged(), schedule(denoiser), condition.parts
-        (tokenizer, encoder), (tokenizer_2, encoder_2) = texts[0], texts[-1]
-        if len(texts) == 1:
-            return StableDiffusionPipeline(vae, encoder, tokenizer, unet, walk, None, None, requires_safety_checker=False)
-        two = {"force_zeros_for_empty_prompt": condition.zeros, "add_watermarker": False}
-        return StableDiffusionXLPipeline(vae, encoder, encoder_2, tokenizer, tokenizer_2, unet, walk, **two)
     flow = isinstance(denoiser.interpolant, Linear) and isinstance(denoiser.prediction, Velocity)
+    if (chain or flow) and isinstance(codec, KL) and isinstance(condition, Prompts):
+        whole = copy.copy(condition.pipe)
+        name = "unet" if "unet" in whole.components else "transformer"
+        walk = schedule(denoiser) if chain else flow_scheduler()
+        whole.register_modules(**{name: net.merged()}, vae=plain_vae(codec), scheduler=walk)
+        return whole
     if net.kind == "DiTTransformer2DModel" and (chain or flow) and isinstance(codec, KL):
         return DiTPipeline(net.merged(), plain_vae(codec), schedule(denoiser) if chain else flow_scheduler())
     raise ValueError(
@@ -115,9 +114,11 @@ def compare(folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition
     told, labels = condition(raw), [] if raw is None else raw.tolist()
     if isinstance(condition, Prompts):
         labels = [condition.lines[i] for i in labels]
+    takes = inspect.signature(type(pipe).__call__).parameters
+    plain = {key: False for key in ("use_resolution_binning", "clean_caption") if key in takes}  # PixArt's, of sizes and of texts
     found = {}
     for steps in (steps for steps in CHECKED if pipe.scheduler.config["num_train_timesteps"] % steps == 0):
-        asked = {"num_inference_steps": steps, "output_type": "np", "generator": torch.manual_seed(seed)}
+        asked = {"num_inference_steps": steps, "output_type": "np", "generator": torch.manual_seed(seed), **plain}
         theirs = pipe(labels, guidance_scale=1.0, **asked) if labels else pipe(4, **asked)
         drawn = torch.from_numpy(theirs.images).permute(0, 3, 1, 2)
         eps = torch.randn(4, *denoiser.shape, generator=torch.manual_seed(seed))
@@ -143,7 +144,7 @@ def adapters(net: Pretrained, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir()
-    LoraConfig(r=net.lora, lora_alpha=net.lora, target_modules=TARGETS).save_pretrained(folder)
+    LoraConfig(r=net.lora, lora_alpha=net.lora, target_modules=TARGETS).save_pretrained(str(folder))
     own = {key: value.contiguous() for key, value in net.model.state_dict().items() if LORA in key}
     named = {f"base_model.model.{key}".replace(".default.", "."): value for key, value in own.items()}
     save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})

@@ -39,7 +39,7 @@ class Identity(Codec):
 
 
 class KL(Codec):
-    """A diffusers AutoencoderKL folder; latents are posterior means times its `scaling_factor`.
+    """A diffusers AutoencoderKL folder; latents are posterior means less its `shift_factor`, times its `scaling_factor`.
 
     Args:
         path: the folder (config.json and safetensors weights).
@@ -64,11 +64,16 @@ class KL(Codec):
         """What latents are multiplied by to have unit variance (diffusers' scaling_factor)."""
         return self.vae.config.scaling_factor
 
+    @property
+    def shift(self) -> float:
+        """What latents have before as their mean, where it is not zero (diffusers' shift_factor, of Stable Diffusion 3)."""
+        return self.vae.config.shift_factor or 0.0
+
     def encode(self, images: Tensor) -> Tensor:
-        return self.vae.encode(images).latent_dist.mode() * self.scale
+        return (self.vae.encode(images).latent_dist.mode() - self.shift) * self.scale
 
     def decode(self, x: Tensor) -> Tensor:
-        return self.vae.decode(x / self.scale).sample
+        return self.vae.decode(x / self.scale + self.shift).sample
 
     def weights(self) -> str:
         """Return the sha256 of the weights' bits, whatever file they came from."""

@@ -5,20 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from models import codec as codecs
 from models.clock import Clock, Index, Scaled
 from models.codec import Codec
 from models.condition import ClassLabel, Condition, Unconditional
 from models.denoiser import Denoiser
 from models.interpolant import Discrete, Interpolant, Linear
-from models.nets.pretrained import KINDS, Pretrained
+from models.nets.pretrained import KINDS, TOLD, Pretrained
 from models.prediction import Angular, Data, Noise, Prediction, Velocity
-from models.text import KINDS as TEXTS
-from models.text import ONE, TWO, Prompts
+from models.text import ENCODE, INDEX, Prompts
+from models.text import kind as telling
 
-INDEX = "model_index.json"
 APART = ("safety_checker", "feature_extractor")  # parts that look at finished images, which are not trained
 ROWS: dict[str, type[Prediction]] = {"epsilon": Noise, "v_prediction": Angular, "sample": Data}
 SCHEDULES: dict[str, Callable[[int, float, float, bool], Discrete]] = {
@@ -69,14 +66,13 @@ def components(folder: Path) -> tuple[Path, Path | None]:
         raise ValueError(f"{folder / INDEX}: not a readable index of a pipeline ({error})") from None
     networks = [name for name, kind in kinds.items() if kind in KINDS]
     others = {name: kind for name, kind in kinds.items() if name not in ("scheduler", *networks, *APART)}
-    texts = {name for name, kind in others.items() if name in (*ONE, *TWO) and kind in TEXTS}
-    told = len(networks) == 1 and kinds[networks[0]] == "UNet2DConditionModel"
-    strange = [name for name, kind in others.items() if name not in texts and kind != "AutoencoderKL"]
-    if len(networks) != 1 or strange or texts not in ([{*ONE}, {*ONE, *TWO}] if told else [set()]):
+    name, texts = telling(folder)
+    strange = [part for part, kind in others.items() if part not in texts and kind != "AutoencoderKL"]
+    if len(networks) != 1 or strange or bool(texts) != (kinds[networks[0]] in TOLD):
         what = f"a {parts.get('_class_name')} of {', '.join(map(str, kinds.values()))}"
         raise ValueError(
-            f"{folder}: is {what}; known here are a {' or '.join(KINDS)} (which CLIP tells texts), a scheduler, and an "
-            "AutoencoderKL or none"
+            f"{folder}: is {what}; known here are a {' or '.join(KINDS)}, a scheduler, an AutoencoderKL or none, and what "
+            f"encodes the texts of a {', '.join(ENCODE)}"
         )
     codec = next((folder / Path(name).name for name, kind in kinds.items() if kind == "AutoencoderKL"), None)
     return folder / Path(networks[0]).name, codec
@@ -86,19 +82,19 @@ def pretrained(folder: str, lora: int = 0) -> Denoiser:
     """Return the denoiser of a pipeline of diffusers, in its own form: what a student of it is, too.
 
     Args:
-        folder: the pipeline's folder, with a scheduler and a UNet2DModel, a DiTTransformer2DModel, or a UNet2DConditionModel with
-            the CLIP that tells it texts (as in Stable Diffusion 1 and 2, and SDXL).
+        folder: the pipeline's folder, with a scheduler and a UNet2DModel or DiTTransformer2DModel, or of Stable Diffusion 1, 2,
+            XL or 3, or PixArt, with the encoders of the texts that its network is told.
         lora: rank of adapters, which alone are trained; 0 trains all.
     """
     interpolant, prediction, clock = form(Path(folder) / "scheduler")
     network, codec = components(Path(folder))
-    if not (Path(folder) / ONE[1]).is_dir():
+    if not telling(Path(folder))[0]:
         return Denoiser(Pretrained(str(network), lora), interpolant, prediction, clock)
-    texts = Prompts(folder)
-    net = Pretrained(str(network), lora, texts.shape[0], pixels(network, codec) if len(texts.parts) == 2 else 0)
-    if (here := texts.shape[1]) != (there := net.nothing.shape[1]):
-        raise ValueError(f"{folder}: its texts have {here} channels, its network reads {there} (cross_attention_dim)")
-    net.nothing.copy_(texts.nothing(torch.device("cpu")))
+    nothing = Prompts(folder).empty
+    net = Pretrained(str(network), lora, len(nothing), pixels(network, codec))
+    if (here := nothing.shape[1]) != (there := net.nothing.shape[1]):
+        raise ValueError(f"{folder}: its texts have {here} channels, its network reads {there}")
+    net.nothing.copy_(nothing)
     return Denoiser(net, interpolant, prediction, clock)
 
 

@@ -1,6 +1,7 @@
-"""Texts as conditions: prompts by the number of their line, encoded by the frozen text encoder of a diffusers pipeline."""
+"""Texts as conditions: prompts by the number of their line, encoded by the frozen text encoders of a diffusers pipeline."""
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Callable
@@ -13,20 +14,54 @@ from torch import Tensor
 
 from models.condition import Condition
 
-ONE, TWO = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")  # folders of a pipeline; SDXL has both
-INDEX, ZEROS = "model_index.json", "force_zeros_for_empty_prompt"
-KINDS = ("CLIPTokenizer", "CLIPTokenizerFast", "CLIPTextModel", "CLIPTextModelWithProjection")
+PARTS = ("tokenizer", "text_encoder")  # what the names of a pipeline's parts that encode texts begin with
+INDEX = "model_index.json"
+
+
+def _whole(states: Tensor, pooled: Tensor) -> Tensor:
+    """Return the states of texts (n, tokens, channels) with what is said of each as a whole as one token more, below."""
+    return torch.cat([states, torch.nn.functional.pad(pooled, (0, states.shape[-1] - pooled.shape[-1]))[:, None]], dim=1)
+
+
+def _masked(pipe: Any, texts: list[str], device: torch.device) -> Tensor:
+    """Return the states of texts with which of them are read (1) or pad a text (0) as one channel more."""
+    states, mask, *_ = pipe.encode_prompt(texts, False, device=device)
+    return torch.cat([states, mask[..., None]], dim=-1)
+
+
+# what the networks of these pipelines are told of texts, (n, tokens, channels); without guidance, which is the denoiser's
+ENCODE: dict[str, Callable[[Any, list[str], torch.device], Tensor]] = {
+    "StableDiffusionPipeline": lambda pipe, texts, device: pipe.encode_prompt(texts, device, 1, False)[0],
+    "StableDiffusionXLPipeline": lambda pipe, texts, device: _whole(*pipe.encode_prompt(texts, None, device, 1, False)[::2]),
+    "StableDiffusion3Pipeline": lambda pipe, texts, device: _whole(*pipe.encode_prompt(texts, None, None, device, 1, False)[::2]),
+    "PixArtAlphaPipeline": _masked,
+    "PixArtSigmaPipeline": _masked,
+}
+
+
+def kind(folder: Path) -> tuple[str, list[str]]:
+    """Return the class of a pipeline that is told texts, and its parts that encode them; ("", []) of any other.
+
+    Raises:
+        ValueError: it is no pipeline's folder.
+    """
+    try:
+        told = json.loads((folder / INDEX).read_bytes())
+        name, parts = told["_class_name"], [key for key, part in told.items() if key.startswith(PARTS) and part[1]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder / INDEX}: not a readable index of a pipeline ({error!r})") from None
+    return (name, parts) if name in ENCODE else ("", [])
 
 
 class Prompts(Condition):
     """The network is told a text: that of line i of a file, where the data say i (a pair its prompt, a set its class).
 
-    Encoded as Stable Diffusion's texts are (2112.10752): the last hidden states of a CLIP text encoder, padded to the
-    tokenizer's length; or as those of SDXL (2307.01952): the states before the last of two encoders side by side, and below
-    them, as one token more, what the second says of the whole text.
+    Encoded as the pipeline itself encodes it, by all its encoders, padded to their length: Stable Diffusion 1 and 2 (2112.10752),
+    SDXL (2307.01952), Stable Diffusion 3 (2403.03206), PixArt (2310.00426, 2403.04692). Where the network is also told something
+    of the whole text, that is one token more; where it is told which tokens count, that is one channel more.
 
     Args:
-        encoder: a pipeline's folder, with `tokenizer` and `text_encoder` in it, and `tokenizer_2` and `text_encoder_2` of SDXL.
+        encoder: the pipeline's folder, or one that `save` wrote.
         path: text file, one prompt a line, UTF-8; none where nothing is asked.
         dropout: probability, in [0, 1], of telling a sample the empty text in training (classifier-free guidance, 2207.12598).
     """
@@ -61,69 +96,63 @@ class Prompts(Condition):
         return hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
 
     @cached_property
-    def parts(self) -> list[tuple[Any, Any]]:
-        """The tokenizers, each with its encoder, in float32."""
+    def pipe(self) -> Any:
+        """The pipeline without all that does not encode texts, in float32."""
         try:
             import transformers
         except ImportError:
             raise ValueError("Prompts: texts need transformers; pip install 'rectify[text]'") from None
-        logging.getLogger("transformers").setLevel(logging.ERROR)
+        import diffusers
+
         transformers.utils.logging.disable_progress_bar()
-        folder, parts = Path(self.encoder), list[tuple[Any, Any]]()
-        for (words, states), kind in zip((ONE, TWO), (transformers.CLIPTextModel, transformers.CLIPTextModelWithProjection)):
-            if (words, states) == TWO and not (folder / states).is_dir():
-                break
-            for part in (folder / words, folder / states):
-                if not part.is_dir():  # transformers would look for it on the internet
-                    raise ValueError(f"{folder}: no {part.name} in it; give a pipeline's folder, which has one")
-            try:
-                tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / words, local_files_only=True)
-                model = kind.from_pretrained(folder / states, use_safetensors=True, local_files_only=True)
-            except Exception as error:  # transformers and safetensors raise many kinds
-                why = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise ValueError(f"{folder}: no readable {words} and {states} of CLIP in it ({why})") from error
-            _fit(folder, tokenizer, model.config, parts[0][0].model_max_length if parts else tokenizer.model_max_length)
-            parts.append((tokenizer, model.float().eval().requires_grad_(False)))
-        return parts
+        diffusers.utils.logging.disable_progress_bar()
+        folder = Path(self.encoder)
+        name, parts = kind(folder)
+        if not name:
+            raise ValueError(f"{folder}: is no pipeline that is told texts as is known here ({', '.join(ENCODE)})")
+        cls = getattr(diffusers, name)
+        for part in parts:
+            if not (folder / part).is_dir():  # it would be looked for on the internet
+                raise ValueError(f"{folder}: no {part} in it; give a pipeline's folder, which has one")
+        takes = inspect.signature(cls).parameters.items()
+        absent = {key: None for key, value in takes if value.default in (value.empty, None) and key not in parts}
+        for library in ("transformers", "diffusers.pipelines"):  # they tell of every text that is cut
+            logging.getLogger(library).setLevel(logging.ERROR)
+        try:
+            own = {"torch_dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
+            return cls.from_pretrained(folder, **own, **absent)
+        except Exception as error:  # diffusers, transformers and safetensors each raise kinds of their own
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{folder}: its {', '.join(parts)} are not readable ({why})") from error
 
     def save(self, folder: Path) -> None:
-        """Write what encodes texts into a folder, as a pipeline has it: another encoder's `encoder`."""
-        for (words, states), (tokenizer, model) in zip((ONE, TWO), self.parts):
-            tokenizer.save_pretrained(folder / words)
-            model.save_pretrained(folder / states)
-        (folder / INDEX).write_text(json.dumps({ZEROS: self.zeros}))
-
-    @cached_property
-    def zeros(self) -> bool:
-        """Whether the network is told zeros of no text, not the empty text: a pipeline's `force_zeros_for_empty_prompt`."""
-        return len(self.parts) == 2 and bool(json.loads((Path(self.encoder) / INDEX).read_bytes()).get(ZEROS, True))
+        """Write what encodes texts into a folder, as a pipeline has it: another's `encoder`."""
+        self.pipe.save_pretrained(folder)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """What the network is told of one text: (tokens, channels)."""
-        tokens = self.parts[0][0].model_max_length + len(self.parts) - 1
-        return tokens, sum(model.config.hidden_size for _, model in self.parts)
+    def zeros(self) -> bool:
+        """Whether the network is told zeros of no text, not the empty text: SDXL's `force_zeros_for_empty_prompt`."""
+        return bool(self.pipe.config.get("force_zeros_for_empty_prompt", False))
 
     @torch.no_grad()
     def encode(self, texts: list[str], device: torch.device) -> Tensor:
         """Return what the network is told of texts, (n, tokens, channels), float32."""
-        states, whole = [], None
-        for tokenizer, model in self.parts:
-            length = tokenizer.model_max_length
-            tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        pipe = self.pipe
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                part.to(device)
+        try:
             with torch.autocast(device.type, enabled=False):
-                found = model.to(device)(tokens.to(device), output_hidden_states=True)
-            states.append(found[0] if len(self.parts) == 1 else found.hidden_states[-2])
-            whole = found[0]
-        told = torch.cat(states, dim=-1)
-        if len(self.parts) == 1:
-            return told
-        assert whole is not None
-        return torch.cat([told, torch.nn.functional.pad(whole, (0, told.shape[-1] - whole.shape[-1]))[:, None]], dim=1)
+                return ENCODE[type(pipe).__name__](pipe, texts, device)
+        except Exception as error:  # parts that do not fit together fail in many ways
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{self.encoder}: its text encoders do not fit its tokenizers, or the texts ({why})") from error
 
-    def nothing(self, device: torch.device) -> Tensor:
-        """Return what the network is told of no text, (tokens, channels)."""
-        return torch.zeros(self.shape, device=device) if self.zeros else self.encode([""], device)[0]
+    @cached_property
+    def empty(self) -> Tensor:
+        """What the network is told of no text, (tokens, channels), on the CPU."""
+        told = self.encode([""], torch.device("cpu"))[0]
+        return torch.zeros_like(told) if self.zeros else told
 
     def asked(self, indices: range) -> Tensor:
         return torch.tensor(indices) % len(self.lines)
@@ -138,18 +167,7 @@ class Prompts(Condition):
         if (largest := int(numbers.max())) >= len(self.lines):
             raise ValueError(f"{self.path}: has {len(self.lines)} lines, the data ask for line {largest + 1}")
         told = self.encode(["" if number < 0 else self.lines[number] for number in numbers.tolist()], raw.device)
-        return told.where((numbers >= 0)[:, None, None], self.nothing(raw.device))[place] if self.zeros else told[place]
-
-
-def _fit(folder: Path, tokenizer: Any, config: Any, length: int) -> None:
-    """Refuse a tokenizer and an encoder that do not fit together, or whose texts diffusers encodes otherwise than this does."""
-    if not length == tokenizer.model_max_length <= config.max_position_embeddings:
-        told = f"texts of {tokenizer.model_max_length} tokens, another of {length}, an encoder {config.max_position_embeddings}"
-        raise ValueError(f"{folder}: a tokenizer makes {told}; they must agree (model_max_length, max_position_embeddings)")
-    if not 2 < len(tokenizer) <= config.vocab_size:
-        raise ValueError(f"{folder}: a tokenizer knows {len(tokenizer)} words, its encoder {config.vocab_size}")
-    if getattr(config, "use_attention_mask", False):
-        raise ValueError(f"{folder}: its text encoder masks what pads a text (use_attention_mask), which Prompts does not")
+        return told.where((numbers >= 0)[:, None, None], self.empty.to(raw.device))[place] if self.zeros else told[place]
 
 
 def prompted(condition: Condition, prompts: Path | None, teacher: Path) -> Condition:

@@ -51,11 +51,11 @@ def answers(denoiser: Denoiser, condition: Condition | None) -> None:
     net = denoiser.net
     if getattr(net, "always_told", False) and getattr(condition, "dropout", 0):
         raise ValueError("model.condition.dropout: this network has no label that means 'not told'; set it to 0")
-    here, there = getattr(net, "tokens", 0), condition.shape[0] if isinstance(condition, Prompts) else 0
+    here, there = getattr(net, "tokens", 0), len(condition.empty) if isinstance(condition, Prompts) else 0
     if here != there:
         raise ValueError(f"model.condition: tells texts of {there} tokens, the network reads {here} (0: none); give it Prompts")
     if isinstance(condition, Prompts) and isinstance(net, Pretrained):
-        nothing = condition.nothing(net.nothing.device)
+        nothing = condition.empty.to(net.nothing.device)
         if nothing.shape != net.nothing.shape or not torch.allclose(nothing, net.nothing, atol=1e-3):
             raise ValueError(f"model.condition.encoder: {condition.encoder} has not the text encoder of this network")
 

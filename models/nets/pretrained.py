@@ -1,4 +1,4 @@
-"""Networks of diffusers: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, trained whole or by low-rank adapters."""
+"""Networks of diffusers, trained whole or by low-rank adapters."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from models.clock import Scaled
 from models.nets import Net
 
-KINDS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
+TOLD = ("UNet2DConditionModel", "PixArtTransformer2DModel", "SD3Transformer2DModel")  # a text
+VARIANCE = ("DiTTransformer2DModel", "PixArtTransformer2DModel")  # may put out, below the mean, a variance that is left out
+KINDS = ("UNet2DModel", "DiTTransformer2DModel", *TOLD)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # attention's layers, in all kinds
 OTHERWISE = ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds", "time_cond_proj_dim")  # told
 BASE, LORA = ".base_layer.", ".lora_"  # in the names that peft gives to a layer's own weights and to its adapter's
@@ -23,9 +25,9 @@ class Pretrained(Net):
         config: its folder (config.json and safetensors weights, as in a pipeline's folder), or the text of that config.json: the
             network without its weights, as a checkpoint rebuilds it.
         lora: rank of adapters on the attention's layers (LoRA, 2106.09685), which alone are trained; 0 trains all.
-        tokens: of the texts that a UNet2DConditionModel is told; its `nothing`, (tokens, channels), is what it is told of none.
-        pixels: height and width of the images, which one of SDXL is told too; the last token is then what it is told of a text
-            as a whole.
+        tokens: of the texts that the network is told, as `Prompts` gives them; its `nothing`, (tokens, channels), is what it is
+            told of none.
+        pixels: height and width of the images, which SDXL's and PixArt's may be told too.
     """
 
     nothing: Tensor
@@ -52,25 +54,35 @@ class Pretrained(Net):
 
     def _read(self, where: Path | str, whole: dict[str, Any]) -> None:
         """Take from a whole config what states and conditions are like; refuse what is not known here, naming where it is."""
-        if (self.kind == "UNet2DConditionModel") != (self.tokens > 0):
-            raise ValueError(f"{where}: is a {self.kind} and tokens is {self.tokens}; a UNet2DConditionModel alone is told texts")
+        if (self.kind in TOLD) != (self.tokens > 0):
+            raise ValueError(f"{where}: is a {self.kind} and tokens is {self.tokens}; a {', '.join(TOLD)} alone are told texts")
         if self.tokens:
-            self.pooled = (whole["projection_class_embeddings_input_dim"] or 0) - 6 * (whole["addition_time_embed_dim"] or 0)
-            if whole["addition_embed_type"] != ("text_time" if self.pixels else None):
-                told = f"addition_embed_type {whole['addition_embed_type']} and pixels {self.pixels}"
-                raise ValueError(f"{where}: {told} do not fit; SDXL's UNet has text_time and pixels, others have neither")
-            if more := [key for key in OTHERWISE if whole[key] is not None]:
-                raise ValueError(f"{where}: is told more than a text ({more[0]}: {whole[more[0]]}), Pretrained knows texts alone")
-            if not isinstance(width := whole["cross_attention_dim"], int):
-                raise ValueError(f"{where}: its cross_attention_dim is {width}, Pretrained knows one number")
-            self.register_buffer("nothing", torch.zeros(self.tokens, width))
+            self.register_buffer("nothing", torch.zeros(self.tokens, self._width(where, whole)))
         self.size, self.channels, out = whole["sample_size"], whole["in_channels"], whole["out_channels"] or whole["in_channels"]
         if not isinstance(self.size, int):
             raise ValueError(f"{where}: its sample_size is {self.size}, Pretrained knows one number, of squares")
-        if out != self.channels and not (self.kind == "DiTTransformer2DModel" and out == 2 * self.channels):
+        if out != self.channels and not (self.kind in VARIANCE and out == 2 * self.channels):
             raise ValueError(f"{where}: puts out {out} channels for {self.channels}, wanted as many as come in")
         self.classes = whole.get("num_embeds_ada_norm" if self.kind == "DiTTransformer2DModel" else "num_class_embeds") or 0
         self.always_told = self.kind == "UNet2DModel" and self.classes > 0  # it has no label that means "not told"
+
+    def _width(self, where: Path | str, whole: dict[str, Any]) -> int:
+        """Return how many channels a text has that the network is told; find how it is told sizes and the whole text."""
+        if self.kind == "PixArtTransformer2DModel":
+            self.sizes = bool(self.model.use_additional_conditions)
+            return (whole["caption_channels"] or whole["cross_attention_dim"]) + 1  # which tokens count is one channel more
+        if self.kind == "SD3Transformer2DModel":
+            self.pooled = whole["pooled_projection_dim"]
+            return whole["joint_attention_dim"]
+        self.pooled = (whole["projection_class_embeddings_input_dim"] or 0) - 6 * (whole["addition_time_embed_dim"] or 0)
+        self.sizes = whole["addition_embed_type"] == "text_time"
+        if not self.sizes and (more := whole["addition_embed_type"]):
+            raise ValueError(f"{where}: its addition_embed_type is {more}, Pretrained knows text_time (SDXL) and none")
+        if others := [key for key in OTHERWISE if whole[key] is not None]:
+            raise ValueError(f"{where}: is told more than a text ({others[0]}: {whole[others[0]]}), Pretrained knows texts alone")
+        if not isinstance(width := whole["cross_attention_dim"], int):
+            raise ValueError(f"{where}: its cross_attention_dim is {width}, Pretrained knows one number")
+        return width
 
     def train(self, mode: bool = True) -> "Pretrained":
         """Leave diffusers' own dropout off: it hides labels by the global generator's numbers; `ClassLabel` draws its own."""
@@ -98,7 +110,7 @@ class Pretrained(Net):
         self.register_load_state_dict_pre_hook(_named_as_adapted)
 
     def forward(self, x_t: Tensor, clock: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Return the network's output; of a DiT that says its variance too, the mean.
+        """Return the network's output; of one that says its variance too, the mean.
 
         Raises:
             ValueError: a UNet with classes is told none: it has no label for that.
@@ -108,14 +120,25 @@ class Pretrained(Net):
                 raise ValueError("Pretrained: this UNet2DModel must be told a class; it has none that means 'not told'")
             return self.model(x_t, clock, class_labels=cond if self.classes else None).sample
         if self.tokens:
-            text = self.nothing.expand(len(x_t), -1, -1) if cond is None else cond
-            if not self.pixels:
-                return self.model(x_t, clock, encoder_hidden_states=text).sample
-            sizes = text.new_tensor([self.pixels, self.pixels, 0, 0, self.pixels, self.pixels]).expand(len(x_t), -1)
-            more = {"text_embeds": text[:, -1, : self.pooled], "time_ids": sizes}
-            return self.model(x_t, clock, encoder_hidden_states=text[:, :-1], added_cond_kwargs=more).sample
+            return self._told(x_t, clock, self.nothing.expand(len(x_t), -1, -1) if cond is None else cond)
         label = torch.full_like(clock, self.classes, dtype=torch.long) if cond is None else cond
         return self.model(x_t, clock, class_labels=label).sample[:, : self.channels]
+
+    def _told(self, x_t: Tensor, clock: Tensor, text: Tensor) -> Tensor:
+        """Return the output of a network that is told texts, (B, tokens, channels), in the way of each kind."""
+        asked: dict[str, Any] = {"timestep": clock, "encoder_hidden_states": text}
+        if self.kind == "PixArtTransformer2DModel":
+            asked |= {"encoder_hidden_states": text[..., :-1], "encoder_attention_mask": text[..., -1]}
+            sizes = text.new_tensor([[self.pixels, self.pixels]]).expand(len(x_t), -1) if self.sizes else None
+            ratio = text.new_ones(len(x_t), 1) if self.sizes else None
+            asked["added_cond_kwargs"] = {"resolution": sizes, "aspect_ratio": ratio}
+        elif self.kind == "SD3Transformer2DModel":
+            asked |= {"encoder_hidden_states": text[:, :-1], "pooled_projections": text[:, -1, : self.pooled]}
+        elif self.sizes:
+            sizes = text.new_tensor([self.pixels, self.pixels, 0, 0, self.pixels, self.pixels]).expand(len(x_t), -1)
+            more = {"text_embeds": text[:, -1, : self.pooled], "time_ids": sizes}
+            asked |= {"encoder_hidden_states": text[:, :-1], "added_cond_kwargs": more}
+        return self.model(x_t, **asked).sample[:, : self.channels]
 
     def merged(self) -> nn.Module:
         """Return the plain diffusers network of the same function: adapters merged into the layers that they adapt."""

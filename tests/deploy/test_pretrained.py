@@ -183,7 +183,7 @@ def damaged(folder, tmp_path, file, text):
         ("model_index.json", {"vqvae": ["diffusers", "VQModel"]}, "VQModel; known here are"),
         ("unet/config.json", {"sample_size": None}, "its sample_size is None"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "cosine"}, "not a readable scheduler's folder (cosine"),
-        ("unet/config.json", {"_class_name": "UNet3D"}, "is a UNet3D, Pretrained knows UNet2DModel, UNet2DConditionModel, DiTT"),
+        ("unet/config.json", {"_class_name": "UNet3D"}, "is a UNet3D, Pretrained knows UNet2DModel, DiTTransformer2DModel"),
         ("unet/config.json", "[", "its config is not valid JSON"),
         ("unet/diffusion_pytorch_model.safetensors", "torn", "not a readable UNet2DModel"),
         ("scheduler/scheduler_config.json", {"prediction_type": "kind"}, "prediction_type kind and beta_schedule linear"),

@@ -10,20 +10,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
+    FlowMatchEulerDiscreteScheduler,
 )
 from PIL import Image
 
 from data.files import read_json
 from data.pairs import PairSet
 from deploy.cli import main
-from models import teacher
+from deploy.pretrained import flow_scheduler, on_grid_of
+from models import pipeline, teacher
+from models.interpolant import Linear
 from models.nets.pretrained import Pretrained
 from models.sampler import DDIM
 from models.text import Prompts
@@ -31,10 +29,10 @@ from trainer.module import Generator
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'rectify[text]'")
 
+from tests import published  # noqa: E402  (it needs transformers)
+
 REPOSITORY = Path(__file__).parent.parent.parent
 TEXTS = ["a red dog", "a cat", "3 birds on a wire", "", "zebra"]
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
-BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 PLAIN = """
 import sys
 import torch
@@ -43,57 +41,15 @@ pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
 assert not {"models", "data", "trainer", "deploy"} & set(sys.modules), "code of ours was loaded"
 pipe.set_progress_bar_config(disable=True)
 asked = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "np", "generator": torch.manual_seed(7)}
+asked |= {"use_resolution_binning": False} if "PixArt" in type(pipe).__name__ else {}  # ours is smaller than any of its bins
 torch.save(torch.from_numpy(pipe(["zebra", "a cat"], **asked).images), sys.argv[2])
 """
 
 
-def unet(**changes):
-    blocks = {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "block_out_channels": (8, 16),
-        "norm_num_groups": 4,
-    }
-    sizes = {"sample_size": 8, "layers_per_block": 1, "cross_attention_dim": 16, "attention_head_dim": 4}
-    torch.manual_seed(0)
-    net = UNet2DConditionModel(**{**blocks, **sizes, **changes})
-    for name, value in net.named_parameters():
-        if "attn2.to_out.0.weight" in name:
-            torch.nn.init.normal_(value)  # texts matter
-    return net
-
-
-def words(path, seed, kind):
-    """Return a tokenizer of letters, of twelve tokens, and a text encoder of random weights."""
-    known = [*LETTERS, *(letter + "</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    (path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(known)}))
-    (path / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(str(path / "vocab.json"), str(path / "merges.txt"), model_max_length=12)
-    ends = {"bos_token_id": len(known) - 2, "eos_token_id": len(known) - 1, "pad_token_id": len(known) - 1}
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 8}
-    torch.manual_seed(seed)
-    encoder = kind(transformers.CLIPTextConfig(vocab_size=len(known), max_position_embeddings=12, **small, **ends))
-    for value in encoder.parameters():
-        torch.nn.init.normal_(value, std=0.3)  # texts differ much
-    return tokenizer, encoder
-
-
-@pytest.fixture(scope="module", params=["sd", "sdxl"])
+@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3", "pixart"])
 def folder(request, tmp_path_factory):
-    """A pipeline as others publish it, with random weights and latents of 4 x 8 x 8."""
     path = tmp_path_factory.mktemp("published")
-    tokenizer, encoder = words(path, 0, transformers.CLIPTextModel)
-    pair = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.5, **pair)
-    schedule = PNDMScheduler(skip_prk_steps=True, steps_offset=1, **BETAS)
-    if request.param == "sd":
-        pipe = StableDiffusionPipeline(vae, encoder, tokenizer, unet(), schedule, None, None, requires_safety_checker=False)
-    else:
-        two, other = words(path, 1, transformers.CLIPTextModelWithProjection)
-        told = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 32}
-        net = unet(cross_attention_dim=32, **told)
-        pipe = StableDiffusionXLPipeline(vae, encoder, other, tokenizer, two, net, schedule, add_watermarker=False)
-    pipe.save_pretrained(path / "teacher")
+    published.pipeline(request.param, path).save_pretrained(path / "teacher")
     return path / "teacher"
 
 
@@ -113,19 +69,26 @@ def pairs(folder, prompts, tmp_path_factory):
 
 
 def test_pairs_are_what_the_pipeline_itself_draws(folder, pairs):
-    """Plain Stable Diffusion, guided at the same scale, from the same noises, told the same texts, each its own."""
+    """The plain pipeline, guided at the same scale, from the same noises, told the same texts, each its own, on the same grid."""
     pipe = DiffusionPipeline.from_pretrained(folder)
-    pipe.scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=True, timestep_spacing="trailing", steps_offset=1, **BETAS)
+    told = {"guidance_scale": 5.0, "num_inference_steps": 5, "output_type": "latent"}
+    if "StableDiffusion3" in type(pipe).__name__:
+        pipe.scheduler, told["sigmas"] = FlowMatchEulerDiscreteScheduler(shift=1.0), [1.0, 0.8, 0.6, 0.4, 0.2]
+    else:
+        ends = {"clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **ends)
+    if "PixArt" in type(pipe).__name__:
+        told |= {"use_resolution_binning": False, "clean_caption": False}
     pipe.set_progress_bar_config(disable=True)
     rows = [PairSet(pairs)[i] for i in range(16)]
     assert [row["condition"] for row in rows] == [i % 5 for i in range(16)]
     sigma = teacher.load(folder)[0].interpolant(torch.ones(()))[1]  # where a chain ends: not quite 1
     eps, asked = sigma * torch.stack([row["noise"] for row in rows]), [TEXTS[row["condition"]] for row in rows]
-    ours, told = torch.stack([row["sample"] for row in rows]), {"guidance_scale": 5.0, "num_inference_steps": 5}
-    theirs = pipe(asked, latents=eps, output_type="latent", **told).images
+    ours = torch.stack([row["sample"] for row in rows])
+    theirs = pipe(asked, latents=eps, **told).images
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2)
     asked = [TEXTS[(row["condition"] + 1) % 5] for row in rows]
-    other = pipe(asked, latents=eps, output_type="latent", **told).images
+    other = pipe(asked, latents=eps, **told).images
     assert ((other - theirs).flatten(1).norm(dim=1) > 10 * (ours - theirs).flatten(1).norm(dim=1)).all()
 
 
@@ -162,7 +125,10 @@ def train(monkeypatch, tmp_path, folder, pairs, prompts, *words):
 def ours(run, prompts):
     denoiser, codec, condition = teacher.load(run)
     told = condition.of(prompts)(torch.tensor([4, 1]))
-    x = DDIM(4).walk(denoiser, torch.randn(2, 4, 8, 8, generator=torch.manual_seed(7)), told)[-1]
+    eps, walk = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(7)), DDIM(4)
+    if isinstance(denoiser.interpolant, Linear):  # there a pipeline's grid begins at .999
+        walk, denoiser = on_grid_of(flow_scheduler(), denoiser, 4)
+    x = walk.walk(denoiser, eps, told)[-1]
     return (codec.decode(x) / 2 + 0.5).clamp(0, 1)
 
 
@@ -181,13 +147,11 @@ def test_a_student_goes_back_to_plain_stable_diffusion(folder, prompts, pairs, t
     assert (drawn - ours(folder, prompts)).abs().max() > 1e-3
     assert read_json(out / "export.json")["max_abs_diff"] < 1e-4 and '["a prompt"]' in (out / "README.md").read_text()
     if peft:
-        base = UNet2DConditionModel.from_pretrained(folder / "unet")
-        adapted = peft.PeftModel.from_pretrained(base, out / "lora").eval()
-        merged = UNet2DConditionModel.from_pretrained(out / "unet").eval()
-        asked = (torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 12, merged.config.cross_attention_dim))
-        more = {"text_embeds": torch.randn(2, 8), "time_ids": torch.randn(2, 6)}
+        denoiser = teacher.load(folder)[0]  # of the base's network, in which peft puts the adapters
+        denoiser.net.model = peft.PeftModel.from_pretrained(denoiser.net.model, out / "lora").eval()
+        asked = torch.randn(2, 4, 8, 8), torch.tensor([0.1, 0.9]), Prompts(str(folder), str(prompts))(torch.tensor([4, 1]))
         with torch.no_grad():
-            one, two = (net(*asked, added_cond_kwargs=more).sample for net in (adapted, merged))
+            (one, _), (two, _) = (net(*asked) for net in (denoiser, teacher.load(out)[0]))
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
@@ -215,6 +179,7 @@ class Means(torch.nn.Module):
         return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
 
 
+@pytest.mark.parametrize("folder", ["sd"], indirect=True)
 def test_a_text_model_is_evaluated_on_images_without_labels(folder, prompts, tmp_path):
     for i in range(24):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
@@ -244,17 +209,20 @@ def test_what_does_not_fit_is_one_line(folder, prompts, pairs, workspace, tmp_pa
     shutil.copytree(folder, tmp_path / "bare")
     shutil.rmtree(tmp_path / "bare/tokenizer")
     refused("no tokenizer in it", *collect, tmp_path / "bare", "--prompts", prompts)
+    network = pipeline.components(folder)[0]
+    kind = teacher.load(folder)[0].net.kind
     for place, said, change in (
-        ("text_encoder", "masks what pads a text", {"use_attention_mask": True}),
-        ("tokenizer", "a tokenizer makes texts of 13 tokens", {"model_max_length": 13}),
-        ("unet", "not a readable UNet2DConditionModel", {"cross_attention_dim": 8}),
+        ("text_encoder", "its text_encoder", {"vocab_size": 7}),
+        (network.name, f"not a readable {kind}", {"cross_attention_dim": 8, "joint_attention_dim": 8}),
     ):
-        shutil.copytree(folder, tmp_path / said)
-        file = tmp_path / said / place / ("tokenizer_config.json" if place == "tokenizer" else "config.json")
+        shutil.copytree(folder, tmp_path / place)
+        file = tmp_path / place / place / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-        refused(
-            said if place != "unet" else "not a readable UNet2DConditionModel", *collect, tmp_path / said, "--prompts", prompts
-        )
+        refused(said, *collect, tmp_path / place, "--prompts", prompts)
+    if kind == "UNet2DConditionModel":
+        file = shutil.copytree(folder, tmp_path / "longer") / "tokenizer/tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 13}))
+        refused("its text encoders do not fit", *collect, tmp_path / "longer", "--prompts", prompts)
     (tmp_path / "other.txt").write_text("a dog\n")
     fit = ("fit", "--config", REPOSITORY / "configs/text/student.yaml", "--out", tmp_path / "run", "--trainer.logger", "false")
     fit += ("--model.denoiser.folder", folder, "--model.initial", folder, "--model.codec", folder / "vae", "--data.batch", "8")
@@ -264,15 +232,15 @@ def test_what_does_not_fit_is_one_line(folder, prompts, pairs, workspace, tmp_pa
 
 
 def test_networks_that_are_told_more_are_refused(folder, tmp_path):
-    net = unet(addition_embed_type="text", addition_embed_type_num_heads=2)
+    net = published.unet(addition_embed_type="text", addition_embed_type_num_heads=2)
     net.save_pretrained(tmp_path / "more")
-    with pytest.raises(ValueError, match="addition_embed_type text and pixels 0 do not fit"):
+    with pytest.raises(ValueError, match="its addition_embed_type is text, Pretrained knows text_time"):
         Pretrained(str(tmp_path / "more"), tokens=12)
-    unet(num_class_embeds=3).save_pretrained(tmp_path / "classes")
+    published.unet(num_class_embeds=3).save_pretrained(tmp_path / "classes")
     with pytest.raises(ValueError, match="told more than a text"):
         Pretrained(str(tmp_path / "classes"), tokens=12)
     with pytest.raises(ValueError, match="tokens is 0"):
-        Pretrained(str(folder / "unet"))
+        Pretrained(str(pipeline.components(folder)[0]))
     denoiser = teacher.load(folder)[0]
     shutil.copytree(folder, tmp_path / "other")
     encoder = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
@@ -284,6 +252,37 @@ def test_networks_that_are_told_more_are_refused(folder, tmp_path):
             Generator(denoiser, condition=Prompts(str(tmp_path / "other")))
 
 
+def test_a_network_is_told_the_size_of_its_images_where_it_reads_it(tmp_path):
+    """As PixArt's of 1024 x 1024 are: the pipeline's own call, which gives sizes to no smaller network."""
+    published.pixart(use_additional_conditions=True).save_pretrained(tmp_path)
+    net, (x_t, clock) = Pretrained(str(tmp_path), tokens=6, pixels=1024), (torch.randn(2, 4, 8, 8), torch.tensor([900, 1]))
+    states, mask = torch.randn(2, 6, 32), torch.tensor([[1, 1, 0, 0, 0, 0], [1] * 6])
+    sizes = {"resolution": torch.tensor([[1024.0, 1024.0]] * 2), "aspect_ratio": torch.ones(2, 1)}
+    asked = {"encoder_hidden_states": states, "encoder_attention_mask": mask, "timestep": clock, "added_cond_kwargs": sizes}
+    with torch.no_grad():
+        told = net(x_t, clock, torch.cat([states, mask[..., None]], -1))
+        torch.testing.assert_close(told, net.model(x_t, **asked).sample[:, :4])
+        states[0, 3] += 1  # pads, and is not read
+        torch.testing.assert_close(told, net(x_t, clock, torch.cat([states, mask[..., None]], -1)))
+
+
+def test_a_tokenizer_of_sentencepiece_is_read(tmp_path):
+    """As PixArt's folders have it: a model file, and nothing that tokenizers reads."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="needs sentencepiece: pip install 'rectify[text]'")
+    with (tmp_path / "model").open("wb") as file:
+        pieces = {"vocab_size": 30, "hard_vocab_limit": False, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS * 50), model_writer=file, **pieces)
+    published.pipeline("pixart", tmp_path).save_pretrained(tmp_path / "teacher")
+    place = tmp_path / "teacher/tokenizer"
+    shutil.rmtree(place)
+    place.mkdir()
+    (tmp_path / "model").rename(place / "spiece.model")
+    (place / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
+    told = Prompts(str(tmp_path / "teacher")).encode(["a red dog", "a cat"], torch.device("cpu"))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(place / "spiece.model"))
+    assert told[..., -1].sum(1).tolist() == [1 + len(pieces.encode(text)) for text in ("a red dog", "a cat")]
+
+
 def test_files_that_other_programs_wrote_mean_what_they_mean_there(folder, tmp_path):
     """A byte order mark is no part of a prompt; an index that does not state the negative has diffusers' default."""
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa dog\r\na\xe2\x80\xa8cat")
@@ -292,5 +291,5 @@ def test_files_that_other_programs_wrote_mean_what_they_mean_there(folder, tmp_p
     told = json.loads((folder / "model_index.json").read_text())
     index = {key: value for key, value in told.items() if key != "force_zeros_for_empty_prompt"}
     (tmp_path / "older/model_index.json").write_text(json.dumps(index))
-    found = [Prompts(str(place)).nothing(torch.device("cpu")) for place in (folder, tmp_path / "older")]
+    found = [Prompts(str(place)).empty for place in (folder, tmp_path / "older")]
     assert torch.equal(*found)
