@@ -21,6 +21,7 @@ from models import teacher
 from models.condition import Condition
 from models.denoiser import Denoiser
 from models.likelihood import Adaptive, Exact, Hutchinson, bits_per_dim, log_prob
+from models.text import prompted
 from trainer import job
 from trainer.callbacks.metrics import read_log
 from trainer.flow import agree
@@ -39,6 +40,7 @@ def likelihood(
     bound: float = 1e-2,
     seed: int = 0,
     batch: int = 256,
+    prompts: Path | None = None,
 ) -> None:
     """Measure -log p of held-out samples under runs that have a density, write it as JSON, and print the table.
 
@@ -57,6 +59,8 @@ def likelihood(
             distance, which is mostly that one's error.
         seed: of the vectors.
         batch: samples measured at once.
+        prompts: what networks that are told texts are told, one a line: that of a sample's class; by default what they were
+            trained on.
     """
     if samples < 1 or batch < 1 or probes < 0:
         raise ValueError(f"likelihood: samples ({samples}) and batch ({batch}) must be at least 1, probes ({probes}) at least 0")
@@ -65,7 +69,7 @@ def likelihood(
         raise ValueError("likelihood: run names no run")
     settings = {"probes": probes, "tolerance": tolerance, "bound": bound, "seed": seed}
     with Meter("likelihood", len(runs) * count, "samples") as meter:
-        rows = [row(path, list(parts(data, count, batch)), data, settings, meter) for path in runs]
+        rows = [row(path, list(parts(data, count, batch)), data, settings, prompts, meter) for path in runs]
     write_json(out, {"format": 1, "data": repr(data), **settings, "runs": rows})
     print(f"{data!r}, {count} samples\n\n{table(rows)}")
 
@@ -75,10 +79,12 @@ def parts(data: Set, count: int, batch: int) -> Iterator[Batch]:
     return (data.read(np.arange(start, min(count, start + batch))) for start in range(0, count, batch))
 
 
-def row(run: Path, batches: list[Batch], data: Set, settings: dict[str, Any], meter: Meter) -> dict[str, Any]:
+def row(
+    run: Path, batches: list[Batch], data: Set, settings: dict[str, Any], prompts: Path | None, meter: Meter
+) -> dict[str, Any]:
     """Return what is found of one run."""
     device, found, evaluations = job.start().device, [], []
-    about, density = opened(run, settings, data, device)
+    about, density = opened(run, settings, data, prompts, device)
     for part in batches:
         log_p, nfe = density(part.to(device))
         found.append(log_p.detach().double().cpu())
@@ -87,7 +93,9 @@ def row(run: Path, batches: list[Batch], data: Set, settings: dict[str, Any], me
     return {"run": str(run), **about, **measured(torch.cat(found), data), "nfe": max(evaluations, default=None)}
 
 
-def opened(run: Path, settings: dict[str, Any], data: Set, device: torch.device) -> tuple[dict[str, Any], Density]:
+def opened(
+    run: Path, settings: dict[str, Any], data: Set, prompts: Path | None, device: torch.device
+) -> tuple[dict[str, Any], Density]:
     """Return what is to be told of a run, and its density.
 
     Raises:
@@ -100,7 +108,7 @@ def opened(run: Path, settings: dict[str, Any], data: Set, device: torch.device)
         name, density, shape, weights = type(flow).__name__, of_flow(flow), flow.shape, list(flow.parameters())
     elif "denoiser" in checkpoint["rectify"]:
         denoiser, _, condition = teacher.load(file)
-        density = of_denoiser(denoiser.to(device), condition, settings, device)
+        density = of_denoiser(denoiser.to(device), prompted(condition, prompts, run), settings, device)
         name, shape = f"{denoiser.interpolant!r} + {denoiser.prediction!r}", denoiser.shape
         weights = list(denoiser.parameters())
     else:

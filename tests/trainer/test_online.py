@@ -1,6 +1,7 @@
 """Online pairs are the stored set's, in its order, on exactly a share of the steps."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -159,6 +160,9 @@ def test_what_cannot_be_is_refused(place, tmp_path):
             online(place, share)
     with pytest.raises(ValueError, match="draws is None"):
         online(place)(denoiser(), *torch.zeros(2, 4, *SHAPE))
+    scaled = replace(batch(0), scale=torch.ones(BATCH))
+    with pytest.raises(ValueError, match="the data record scales of guidance, its pairs are all at"):
+        online(place)(denoiser(), scaled.x, scaled.x, scaled.condition, Draws(scaled))
     other = denoiser()
     with pytest.raises(ValueError, match="teacher is on Linear.*the student on VariancePreserving"):
         work(online(place), 0, student=Denoiser(other.net, VariancePreserving(), other.prediction))

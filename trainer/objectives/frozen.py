@@ -55,7 +55,9 @@ class Average(Form):
     def __init__(self, denoiser: Denoiser):
         super().__init__()
         if denoiser.averages is None:
-            raise ValueError("Averaged: the run keeps no average of its weights; give it the callback EMA")
+            raise ValueError(
+                "Averaged: the run keeps no average of its weights; give it the callback EMA, and trainer.num_sanity_val_steps 0"
+            )
         self.denoiser, self.averages = denoiser, denoiser.averages
         if any(isinstance(value, DTensor) for value in self.averages.values()):
             raise ValueError("Averaged: the weights are sharded; train with another trainer.strategy than fsdp2")

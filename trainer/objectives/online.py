@@ -50,6 +50,10 @@ class Online(Objective):
     ) -> Tensor:
         if draws is None:
             raise ValueError("Online: draws is None; a pair's noise is that of its place in the run, which draws tell")
+        if draws.batch.scale is not None:
+            raise ValueError(
+                f"Online: the data record scales of guidance, its pairs are all at {self.teacher.guidance:g}; mix no two"
+            )
         batch, done = draws.batch, self.before(draws.batch.step)
         if self.before(batch.step + 1) > done and torch.is_grad_enabled():
             first = done * batch.size + batch.start
