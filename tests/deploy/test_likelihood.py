@@ -127,6 +127,7 @@ PLANE = ("--data", "Plane", "--data.law", "two_moons", "--out", "never.json")
         (("--run", "{runs}/wide", *PLANE), "a sample has the shape (channels, size, size) = (2, 1, 1), the model (1, 2, 2)"),
         (("--run", "{runs}/autoencoder", *PLANE), "holds neither a denoiser nor a flow"),
         (("--run", "[]", *PLANE), "run names no run"),
+        (("--run", "{runs}/matching", *PLANE, "--prompts", "x.txt"), "is told no texts; leave them out"),
     ],
 )
 def test_bad_input_is_one_line(runs, refused, words, said):
