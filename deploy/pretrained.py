@@ -13,6 +13,8 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
 )
 from torch import Tensor
 
@@ -51,9 +53,12 @@ def flow_scheduler() -> DPMSolverMultistepScheduler:
     return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=1)
 
 
-def on_grid_of(scheduler: DPMSolverMultistepScheduler, denoiser: Denoiser, steps: int) -> tuple[DDIM, Denoiser]:
+def on_grid_of(scheduler: Any, denoiser: Denoiser, steps: int) -> tuple[DDIM, Denoiser]:
     """Return our sampler and denoiser on a scheduler's own sigmas, its integer timesteps being the network's clock."""
-    scheduler.set_timesteps(steps)
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
+    else:
+        scheduler.set_timesteps(steps)
     sigmas = scheduler.sigmas.tolist()
     clock = Tabulated(sigmas[:-1], scheduler.timesteps.tolist())
     return DDIM(steps, sigmas), Denoiser(denoiser.net, denoiser.interpolant, denoiser.prediction, clock)
@@ -81,7 +86,8 @@ def pipeline(denoiser: Denoiser, codec: Codec, condition: Condition) -> Diffusio
     if (chain or flow) and isinstance(codec, KL) and isinstance(condition, Prompts):
         whole = copy.copy(condition.pipe)
         name = "unet" if "unet" in whole.components else "transformer"
-        walk = schedule(denoiser) if chain else flow_scheduler()
+        even = FlowMatchEulerDiscreteScheduler()  # which Flux gives even steps
+        walk = schedule(denoiser) if chain else even if isinstance(whole, FluxPipeline) else flow_scheduler()
         whole.register_modules(**{name: net.merged()}, vae=plain_vae(codec), scheduler=walk)
         return whole
     if net.kind == "DiTTransformer2DModel" and (chain or flow) and isinstance(codec, KL):

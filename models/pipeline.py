@@ -16,6 +16,7 @@ from models.prediction import Angular, Data, Noise, Prediction, Velocity
 from models.text import ENCODE, INDEX, Prompts
 from models.text import kind as telling
 
+SIDE = 128  # of the states of Flux, whose config does not say it; diffusers' own
 APART = ("safety_checker", "feature_extractor")  # parts that look at finished images, which are not trained
 ROWS: dict[str, type[Prediction]] = {"epsilon": Noise, "v_prediction": Angular, "sample": Data}
 SCHEDULES: dict[str, Callable[[int, float, float, bool], Discrete]] = {
@@ -83,7 +84,7 @@ def pretrained(folder: str, lora: int = 0) -> Denoiser:
 
     Args:
         folder: the pipeline's folder, with a scheduler and a UNet2DModel or DiTTransformer2DModel, or of Stable Diffusion 1, 2,
-            XL or 3, or PixArt, with the encoders of the texts that its network is told.
+            XL or 3, Flux or PixArt, with the encoders of the texts that its network is told.
         lora: rank of adapters, which alone are trained; 0 trains all.
     """
     interpolant, prediction, clock = form(Path(folder) / "scheduler")
@@ -91,7 +92,8 @@ def pretrained(folder: str, lora: int = 0) -> Denoiser:
     if not telling(Path(folder))[0]:
         return Denoiser(Pretrained(str(network), lora), interpolant, prediction, clock)
     nothing = Prompts(folder).empty
-    net = Pretrained(str(network), lora, len(nothing), pixels(network, codec))
+    flux = telling(Path(folder))[0] == "FluxPipeline"
+    net = Pretrained(str(network), lora, len(nothing), *((0, SIDE) if flux else (pixels(network, codec),)))
     if (here := nothing.shape[1]) != (there := net.nothing.shape[1]):
         raise ValueError(f"{folder}: its texts have {here} channels, its network reads {there}")
     net.nothing.copy_(nothing)

@@ -34,6 +34,7 @@ ENCODE: dict[str, Callable[[Any, list[str], torch.device], Tensor]] = {
     "StableDiffusionPipeline": lambda pipe, texts, device: pipe.encode_prompt(texts, device, 1, False)[0],
     "StableDiffusionXLPipeline": lambda pipe, texts, device: _whole(*pipe.encode_prompt(texts, None, device, 1, False)[::2]),
     "StableDiffusion3Pipeline": lambda pipe, texts, device: _whole(*pipe.encode_prompt(texts, None, None, device, 1, False)[::2]),
+    "FluxPipeline": lambda pipe, texts, device: _whole(*pipe.encode_prompt(texts, None, device)[:2]),
     "PixArtAlphaPipeline": _masked,
     "PixArtSigmaPipeline": _masked,
 }
@@ -57,8 +58,8 @@ class Prompts(Condition):
     """The network is told a text: that of line i of a file, where the data say i (a pair its prompt, a set its class).
 
     Encoded as the pipeline itself encodes it, by all its encoders, padded to their length: Stable Diffusion 1 and 2 (2112.10752),
-    SDXL (2307.01952), Stable Diffusion 3 (2403.03206), PixArt (2310.00426, 2403.04692). Where the network is also told something
-    of the whole text, that is one token more; where it is told which tokens count, that is one channel more.
+    SDXL (2307.01952), Stable Diffusion 3 (2403.03206), Flux, PixArt (2310.00426, 2403.04692). Where the network is also told
+    something of the whole text, that is one token more; where it is told which tokens count, that is one channel more.
 
     Args:
         encoder: the pipeline's folder, or one that `save` wrote.

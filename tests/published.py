@@ -1,4 +1,4 @@
-"""Pipelines that are told texts as others publish them, small and with random weights: latents of 4 x 8 x 8."""
+"""Pipelines that are told texts as others publish them, small and with random weights: latents of 4 x 8 x 8, but Flux's."""
 
 import json
 
@@ -9,6 +9,8 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     PNDMScheduler,
@@ -74,9 +76,9 @@ def pixart(**changes):
 
 
 def pipeline(kind, path) -> DiffusionPipeline:
-    """Return a pipeline of a kind: sd, sdxl, sd3 or pixart."""
+    """Return a pipeline of a kind: sd, sdxl, sd3, flux or pixart."""
     pair = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    shift = {"shift_factor": 0.1} if kind == "sd3" else {}
+    shift = {"shift_factor": 0.1} if kind in ("sd3", "flux") else {}
     torch.manual_seed(1)
     vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=0.5, **pair, **shift)
     chain = PNDMScheduler(skip_prk_steps=True, steps_offset=1, **BETAS)
@@ -92,6 +94,13 @@ def pipeline(kind, path) -> DiffusionPipeline:
         flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
         return StableDiffusion3Pipeline(net, flow, vae, first, one, second, two, third, three)
     one, first = clip(path, 0, transformers.CLIPTextModel)
+    if kind == "flux":  # its states are 4 x 128 x 128
+        small = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2, "in_channels": 16}
+        told = {"joint_attention_dim": 32, "pooled_projection_dim": 16, "axes_dims_rope": (2, 2, 4), "guidance_embeds": True}
+        two, second = t5(32)
+        torch.manual_seed(0)
+        net = loud(FluxTransformer2DModel(patch_size=1, **small, **told), "norm1", "norm_out", "time_text_embed")
+        return FluxPipeline(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae, first, one, second, two, net)
     if kind == "sd":
         return StableDiffusionPipeline(vae, first, one, unet(), chain, None, None, requires_safety_checker=False)
     two, second = clip(path, 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.clock import Scaled
 from models.nets import Net
 
-TOLD = ("UNet2DConditionModel", "PixArtTransformer2DModel", "SD3Transformer2DModel")  # a text
+TOLD = ("UNet2DConditionModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel")  # a text
 VARIANCE = ("DiTTransformer2DModel", "PixArtTransformer2DModel")  # may put out, below the mean, a variance that is left out
 KINDS = ("UNet2DModel", "DiTTransformer2DModel", *TOLD)
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # attention's layers, in all kinds
@@ -28,11 +28,12 @@ class Pretrained(Net):
         tokens: of the texts that the network is told, as `Prompts` gives them; its `nothing`, (tokens, channels), is what it is
             told of none.
         pixels: height and width of the images, which SDXL's and PixArt's may be told too.
+        side: height and width of the states, where the config does not say them (Flux).
     """
 
     nothing: Tensor
 
-    def __init__(self, config: str, lora: int = 0, tokens: int = 0, pixels: int = 0):
+    def __init__(self, config: str, lora: int = 0, tokens: int = 0, pixels: int = 0, side: int = 0):
         super().__init__()
         folder = None if config.lstrip().startswith("{") else Path(config)
         try:
@@ -46,7 +47,7 @@ class Pretrained(Net):
             raise ValueError(f"{folder or 'Pretrained'}: is a {kind}, Pretrained knows {', '.join(KINDS)}")
         plain = {key: value for key, value in told.items() if key == "_class_name" or not key.startswith("_")}
         self.config, self.lora, self.tokens, self.pixels = json.dumps(plain, sort_keys=True), lora, tokens, pixels
-        self.kind, self.clock = kind, Scaled(1000.0)
+        self.kind, self.clock, self.side, self.scaled = kind, Scaled(1000.0), side, False
         self.model = self._made(kind, folder, plain)
         self._read(folder or kind, dict(self.model.config))  # type: ignore[arg-type]
         if lora:
@@ -58,7 +59,11 @@ class Pretrained(Net):
             raise ValueError(f"{where}: is a {self.kind} and tokens is {self.tokens}; a {', '.join(TOLD)} alone are told texts")
         if self.tokens:
             self.register_buffer("nothing", torch.zeros(self.tokens, self._width(where, whole)))
-        self.size, self.channels, out = whole["sample_size"], whole["in_channels"], whole["out_channels"] or whole["in_channels"]
+        self.size, self.channels, out = self.side, whole["in_channels"], whole["out_channels"] or whole["in_channels"]
+        if self.kind == "FluxTransformer2DModel":  # a token is a square of four places
+            self.channels, out, self.scaled = self.channels // 4, out // 4, whole["guidance_embeds"]
+        else:
+            self.size = whole["sample_size"]
         if not isinstance(self.size, int):
             raise ValueError(f"{where}: its sample_size is {self.size}, Pretrained knows one number, of squares")
         if out != self.channels and not (self.kind in VARIANCE and out == 2 * self.channels):
@@ -71,7 +76,7 @@ class Pretrained(Net):
         if self.kind == "PixArtTransformer2DModel":
             self.sizes = bool(self.model.use_additional_conditions)
             return (whole["caption_channels"] or whole["cross_attention_dim"]) + 1  # which tokens count is one channel more
-        if self.kind == "SD3Transformer2DModel":
+        if self.kind in ("SD3Transformer2DModel", "FluxTransformer2DModel"):
             self.pooled = whole["pooled_projection_dim"]
             return whole["joint_attention_dim"]
         self.pooled = (whole["projection_class_embeddings_input_dim"] or 0) - 6 * (whole["addition_time_embed_dim"] or 0)
@@ -109,8 +114,10 @@ class Pretrained(Net):
         inject_adapter_in_model(LoraConfig(r=self.lora, lora_alpha=self.lora, target_modules=TARGETS), self.model)
         self.register_load_state_dict_pre_hook(_named_as_adapted)
 
-    def forward(self, x_t: Tensor, clock: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, clock: Tensor, cond: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """Return the network's output; of one that says its variance too, the mean.
+
+        A Flux that reads a scale of guidance is told 1 by default.
 
         Raises:
             ValueError: a UNet with classes is told none: it has no label for that.
@@ -120,7 +127,8 @@ class Pretrained(Net):
                 raise ValueError("Pretrained: this UNet2DModel must be told a class; it has none that means 'not told'")
             return self.model(x_t, clock, class_labels=cond if self.classes else None).sample
         if self.tokens:
-            return self._told(x_t, clock, self.nothing.expand(len(x_t), -1, -1) if cond is None else cond)
+            text = self.nothing.expand(len(x_t), -1, -1) if cond is None else cond
+            return self._flux(x_t, clock, text, scale) if self.kind == "FluxTransformer2DModel" else self._told(x_t, clock, text)
         label = torch.full_like(clock, self.classes, dtype=torch.long) if cond is None else cond
         return self.model(x_t, clock, class_labels=label).sample[:, : self.channels]
 
@@ -139,6 +147,19 @@ class Pretrained(Net):
             more = {"text_embeds": text[:, -1, : self.pooled], "time_ids": sizes}
             asked |= {"encoder_hidden_states": text[:, :-1], "added_cond_kwargs": more}
         return self.model(x_t, **asked).sample[:, : self.channels]
+
+    def _flux(self, x_t: Tensor, clock: Tensor, text: Tensor, scale: Tensor | None) -> Tensor:
+        """Return Flux's output: its tokens are squares of 2 x 2 places, each told where it lies; its time runs from 0 to 1."""
+        b, c, h, w = x_t.shape
+        packed = x_t.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+        rows, columns = torch.meshgrid(*(torch.arange(n // 2, device=x_t.device) for n in (h, w)), indexing="ij")
+        told = {"encoder_hidden_states": text[:, :-1], "pooled_projections": text[:, -1, : self.pooled]}
+        if self.scaled:
+            told["guidance"] = torch.ones_like(clock) if scale is None else scale
+        places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(x_t.dtype)
+        nowhere = x_t.new_zeros(text.shape[1] - 1, 3)
+        y = self.model(packed, timestep=clock / 1000, img_ids=places, txt_ids=nowhere, **told).sample
+        return y.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
     def merged(self) -> nn.Module:
         """Return the plain diffusers network of the same function: adapters merged into the layers that they adapt."""

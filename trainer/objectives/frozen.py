@@ -10,7 +10,7 @@ from models import teacher as teachers
 from models.codec import Codec
 from models.condition import Condition, Unconditional
 from models.denoiser import Denoiser
-from models.guidance import Form, Guided, Told
+from models.guidance import Form, Guided, Told, at
 from models.interpolant import Interpolant
 from models.sampler import DDIM, DenoiserLike, Walk
 
@@ -28,7 +28,7 @@ class Frozen:
         parts: tuple[Denoiser, Codec, Condition] = teachers.load(run)
         self.denoiser, _, self.condition = parts
 
-    def on(self, student: DenoiserLike, like: Tensor, interpolant: Interpolant | None = None) -> Guided:
+    def on(self, student: DenoiserLike, like: Tensor, interpolant: Interpolant | None = None) -> Guided | Told:
         """Return the guided teacher where `like` is, having looked that it is a teacher of this student.
 
         Args:
@@ -42,7 +42,7 @@ class Frozen:
         here, there = repr(interpolant or student.interpolant), repr(self.denoiser.interpolant)  # type: ignore[attr-defined]
         if here != there:
             raise ValueError(f"{self.run}: the teacher is on {there}, the student on {here}; give both the same interpolant")
-        return Guided(self.denoiser.to(like.device), self.guidance)
+        return at(self.denoiser.to(like.device), self.guidance)
 
 
 class Average(Form):
