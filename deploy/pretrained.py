@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,14 @@ from models.nets.pretrained import LORA, TARGETS, Pretrained
 from models.pipeline import ROWS
 from models.prediction import Velocity
 from models.sampler import DDIM
-from models.text import Prompts
+from models.text import INDEX, Prompts
 
+ASKED: list[Any] = [
+    "a red bird",
+    "two houses by the sea",
+    "",
+    "zebra",
+]  # of pipelines that are told texts, when they are compared
 CHECKED = (1, 2, 4, 8)  # step counts at which the folder is compared, of those that divide its chain
 
 
@@ -116,10 +123,9 @@ def compare(folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition
     """
     pipe = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
-    raw = condition.asked(range(4))
-    told, labels = condition(raw), [] if raw is None else raw.tolist()
-    if isinstance(condition, Prompts):
-        labels = [condition.lines[i] for i in labels]
+    raw = None if isinstance(condition, Prompts) else condition.asked(range(4))
+    labels = ASKED if isinstance(condition, Prompts) else [] if raw is None else raw.tolist()
+    told = condition.encode(ASKED, torch.device("cpu")) if isinstance(condition, Prompts) else condition(raw)
     takes = inspect.signature(type(pipe).__call__).parameters
     plain = {key: False for key in ("use_resolution_binning", "clean_caption") if key in takes}  # PixArt's, of sizes and of texts
     found = {}
@@ -138,6 +144,10 @@ def compare(folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition
 def whole(folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition) -> dict[str, dict[str, float]]:
     """Write a run as the pipeline that its teacher was, and return how far its images lie from ours."""
     pipeline(denoiser, codec, condition).save_pretrained(folder)
+    index = json.loads((folder / INDEX).read_bytes())
+    (folder / INDEX).write_text(
+        json.dumps({key: value for key, value in index.items() if key != "_name_or_path"}, indent=2) + "\n"
+    )
     assert isinstance(denoiser.net, Pretrained)
     if denoiser.net.lora:
         adapters(denoiser.net, folder / "lora")
@@ -160,7 +170,8 @@ def card(run: Path, steps: int, denoiser: Denoiser, worst: float, native: float)
     """Return the model card."""
     net = denoiser.net
     assert isinstance(net, Pretrained)
-    asked = '["a prompt"], guidance_scale=1.0, ' if net.tokens else "[0, 1], guidance_scale=1.0, " if net.classes else ""
+    plain = "use_resolution_binning=False, clean_caption=False, " if net.kind == "PixArtTransformer2DModel" else ""
+    asked = f'["a prompt"], guidance_scale=1.0, {plain}' if net.tokens else "[0, 1], guidance_scale=1.0, " if net.classes else ""
     how = f"by adapters of rank {net.lora}, merged here and alone in lora/ (peft)" if net.lora else "whole"
     return f"""---
 library_name: diffusers

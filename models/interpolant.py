@@ -3,6 +3,7 @@
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -237,21 +238,20 @@ class Discrete(Interpolant):
         cls, n: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, zero_terminal_snr: bool = False
     ) -> "Discrete":
         """Return DDPM's schedule: n betas evenly spaced (2006.11239, section 4)."""
-        return cls(torch.linspace(beta_start, beta_end, n, dtype=torch.float64).tolist(), zero_terminal_snr)
+        return cls(_even(beta_start, beta_end, n), zero_terminal_snr)
 
     @classmethod
     def scaled_linear(
         cls, n: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, zero_terminal_snr: bool = False
     ) -> "Discrete":
         """Return n betas with evenly spaced roots (2112.10752); Stable Diffusion's run from .00085 to .012."""
-        roots = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), n, dtype=torch.float64)
-        return cls(roots.square().tolist(), zero_terminal_snr)
+        return cls([root * root for root in _even(math.sqrt(beta_start), math.sqrt(beta_end), n)], zero_terminal_snr)
 
     @classmethod
     def squaredcos_cap_v2(cls, n: int = 1000, zero_terminal_snr: bool = False) -> "Discrete":
         """Return the cosine schedule with betas capped at .999 (2102.09672, eq. 17)."""
-        bars = torch.cos((torch.arange(n + 1, dtype=torch.float64) / n + 0.008) / 1.008 * math.pi / 2).square()
-        return cls((1 - bars[1:] / bars[:-1]).clamp(max=0.999).tolist(), zero_terminal_snr)
+        bars = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
+        return cls([min(1 - later / bar, 0.999) for bar, later in pairwise(bars)], zero_terminal_snr)
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         table, n = self._on(t), len(self.betas)
@@ -278,6 +278,11 @@ class Discrete(Interpolant):
         digest = hashlib.sha256(repr(self.betas).encode()).hexdigest()[:8]
         zero = ", zero_terminal_snr=True" if self.zero_terminal_snr else ""
         return f"Discrete({len(self.betas)} betas {self.betas[0]:.6g} to {self.betas[-1]:.6g}, sha256 {digest}{zero})"
+
+
+def _even(first: float, last: float, n: int) -> list[float]:
+    """Return n numbers, evenly spaced: the same bits on every processor, which vectorised sums do not have."""
+    return [first + (last - first) * i / (n - 1) for i in range(n)]
 
 
 def _monotone(y: Tensor) -> Tensor:

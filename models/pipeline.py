@@ -67,7 +67,7 @@ def components(folder: Path) -> tuple[Path, Path | None]:
         raise ValueError(f"{folder / INDEX}: not a readable index of a pipeline ({error})") from None
     networks = [name for name, kind in kinds.items() if kind in KINDS]
     others = {name: kind for name, kind in kinds.items() if name not in ("scheduler", *networks, *APART)}
-    name, texts = telling(folder)
+    texts = telling(folder)[1]
     strange = [part for part, kind in others.items() if part not in texts and kind != "AutoencoderKL"]
     if len(networks) != 1 or strange or bool(texts) != (kinds[networks[0]] in TOLD):
         what = f"a {parts.get('_class_name')} of {', '.join(map(str, kinds.values()))}"
@@ -91,11 +91,13 @@ def pretrained(folder: str, lora: int = 0) -> Denoiser:
     network, codec = components(Path(folder))
     if not telling(Path(folder))[0]:
         return Denoiser(Pretrained(str(network), lora), interpolant, prediction, clock)
-    nothing = Prompts(folder).empty
+    texts = Prompts(folder)
+    nothing = texts.empty
     flux = telling(Path(folder))[0] == "FluxPipeline"
     net = Pretrained(str(network), lora, len(nothing), *((0, SIDE) if flux else (pixels(network, codec),)))
-    if (here := nothing.shape[1]) != (there := net.nothing.shape[1]):
-        raise ValueError(f"{folder}: its texts have {here} channels, its network reads {there}")
+    for here, there, what in ((nothing.shape[1], net.nothing.shape[1], "texts"), (texts.pooled, net.pooled, "whole texts")):
+        if here != there:
+            raise ValueError(f"{folder}: its {what} have {here} channels, its network reads {there}")
     net.nothing.copy_(nothing)
     return Denoiser(net, interpolant, prediction, clock)
 

@@ -5,7 +5,8 @@ import inspect
 import json
 import logging
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,26 @@ PARTS = ("tokenizer", "text_encoder")  # what the names of a pipeline's parts th
 INDEX = "model_index.json"
 
 
-def _whole(states: Tensor, pooled: Tensor) -> Tensor:
-    """Return the states of texts (n, tokens, channels) with what is said of each as a whole as one token more, below."""
-    return torch.cat([states, torch.nn.functional.pad(pooled, (0, states.shape[-1] - pooled.shape[-1]))[:, None]], dim=1)
+Said = tuple[Tensor, Tensor | None]  # of texts: the states of their tokens, and what is said of each as a whole
 
 
-def _masked(pipe: Any, texts: list[str], device: torch.device) -> Tensor:
+def _masked(pipe: Any, texts: list[str], device: torch.device) -> Said:
     """Return the states of texts with which of them are read (1) or pad a text (0) as one channel more."""
     states, mask, *_ = pipe.encode_prompt(texts, False, device=device)
-    return torch.cat([states, mask[..., None]], dim=-1)
+    return torch.cat([states, mask[..., None]], dim=-1), None
 
 
-# what the networks of these pipelines are told of texts, (n, tokens, channels); without guidance, which is the denoiser's
-ENCODE: dict[str, Callable[[Any, list[str], torch.device], Tensor]] = {
-    "StableDiffusionPipeline": lambda pipe, texts, device: pipe.encode_prompt(texts, device, 1, False)[0],
-    "StableDiffusionXLPipeline": lambda pipe, texts, device: _whole(*pipe.encode_prompt(texts, None, device, 1, False)[::2]),
-    "StableDiffusion3Pipeline": lambda pipe, texts, device: _whole(*pipe.encode_prompt(texts, None, None, device, 1, False)[::2]),
-    "FluxPipeline": lambda pipe, texts, device: _whole(*pipe.encode_prompt(texts, None, device)[:2]),
+# what pipelines say of texts; without guidance, which is the denoiser's
+ENCODE: dict[str, Callable[[Any, list[str], torch.device], Said]] = {
+    "StableDiffusionPipeline": lambda pipe, texts, device: (pipe.encode_prompt(texts, device, 1, False)[0], None),
+    "StableDiffusionXLPipeline": lambda pipe, texts, device: pipe.encode_prompt(texts, None, device, 1, False)[::2],
+    "StableDiffusion3Pipeline": lambda pipe, texts, device: pipe.encode_prompt(texts, None, None, device, 1, False)[::2],
+    "FluxPipeline": lambda pipe, texts, device: pipe.encode_prompt(texts, None, device)[:2],
     "PixArtAlphaPipeline": _masked,
     "PixArtSigmaPipeline": _masked,
 }
+VOCABULARIES = ("vocab.json", "tokenizer.json", "spiece.model")  # a tokenizer without one knows no word, and says nothing of it
+ONCE = 64  # texts that are encoded at once
 
 
 def kind(folder: Path) -> tuple[str, list[str]]:
@@ -51,7 +52,42 @@ def kind(folder: Path) -> tuple[str, list[str]]:
         name, parts = told["_class_name"], [key for key, part in told.items() if key.startswith(PARTS) and part[1]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / INDEX}: not a readable index of a pipeline ({error!r})") from None
-    return (name, parts) if name in ENCODE else ("", [])
+    return (name, parts) if isinstance(name, str) and name in ENCODE else ("", [])
+
+
+@lru_cache(maxsize=2)
+def _read(folder: Path, changed: int) -> Any:
+    """Return a pipeline without all that does not encode texts, in float32; `changed` is when its index was."""
+    import diffusers
+
+    diffusers.utils.logging.disable_progress_bar()
+    name, parts = kind(folder)
+    if not name:
+        raise ValueError(f"{folder}: is no pipeline that is told texts as is known here ({', '.join(ENCODE)})")
+    if name == "StableDiffusion3Pipeline" and "text_encoder_3" not in parts:
+        raise ValueError(f"{folder}: has no text_encoder_3; give the folder that has it")
+    for part in parts:
+        if not (folder / part).is_dir():  # it would be looked for on the internet
+            raise ValueError(f"{folder}: no {part} in it; give a pipeline's folder, which has one")
+        if part.startswith("tokenizer") and not any((folder / part / file).is_file() for file in VOCABULARIES):
+            raise ValueError(f"{folder / part}: has no vocabulary ({', '.join(VOCABULARIES)}); is the folder whole?")
+        if (folder / part / "spiece.model").is_file() and not (find_spec("sentencepiece") and find_spec("google.protobuf")):
+            raise ValueError(f"{folder / part}: a tokenizer of sentencepiece; pip install 'rectify[text]'")
+    cls = getattr(diffusers, name)
+    takes = inspect.signature(cls).parameters.items()
+    absent = {key: None for key, value in takes if value.default in (value.empty, None) and key not in parts}
+    for library in ("transformers", "diffusers.pipelines"):  # they tell of every text that is cut
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        if "requires_safety_checker" in dict(takes):
+            absent["requires_safety_checker"] = False  # type: ignore[assignment]
+        with torch.inference_mode(False):  # whoever asks first
+            return cls.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, **absent)
+    except MemoryError:
+        raise
+    except Exception as error:  # diffusers, transformers and safetensors each raise kinds of their own
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{folder}: its {', '.join(parts)} are not readable ({why})") from error
 
 
 class Prompts(Condition):
@@ -96,35 +132,19 @@ class Prompts(Condition):
         """A sha256 of the prompts, which pairs drawn with them record."""
         return hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
 
-    @cached_property
+    @property
     def pipe(self) -> Any:
-        """The pipeline without all that does not encode texts, in float32."""
+        """The pipeline without all that does not encode texts, in float32; one for all that ask for the same folder."""
         try:
             import transformers
         except ImportError:
             raise ValueError("Prompts: texts need transformers; pip install 'rectify[text]'") from None
-        import diffusers
-
         transformers.utils.logging.disable_progress_bar()
-        diffusers.utils.logging.disable_progress_bar()
-        folder = Path(self.encoder)
-        name, parts = kind(folder)
-        if not name:
-            raise ValueError(f"{folder}: is no pipeline that is told texts as is known here ({', '.join(ENCODE)})")
-        cls = getattr(diffusers, name)
-        for part in parts:
-            if not (folder / part).is_dir():  # it would be looked for on the internet
-                raise ValueError(f"{folder}: no {part} in it; give a pipeline's folder, which has one")
-        takes = inspect.signature(cls).parameters.items()
-        absent = {key: None for key, value in takes if value.default in (value.empty, None) and key not in parts}
-        for library in ("transformers", "diffusers.pipelines"):  # they tell of every text that is cut
-            logging.getLogger(library).setLevel(logging.ERROR)
         try:
-            own = {"torch_dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
-            return cls.from_pretrained(folder, **own, **absent)
-        except Exception as error:  # diffusers, transformers and safetensors each raise kinds of their own
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{folder}: its {', '.join(parts)} are not readable ({why})") from error
+            changed = (Path(self.encoder) / INDEX).stat().st_mtime_ns
+        except OSError as error:
+            raise ValueError(f"{self.encoder}: no {INDEX} in it ({error.strerror}); give a pipeline's folder") from None
+        return _read(Path(self.encoder).resolve(), changed)
 
     def save(self, folder: Path) -> None:
         """Write what encodes texts into a folder, as a pipeline has it: another's `encoder`."""
@@ -135,9 +155,13 @@ class Prompts(Condition):
         """Whether the network is told zeros of no text, not the empty text: SDXL's `force_zeros_for_empty_prompt`."""
         return bool(self.pipe.config.get("force_zeros_for_empty_prompt", False))
 
-    @torch.no_grad()
     def encode(self, texts: list[str], device: torch.device) -> Tensor:
         """Return what the network is told of texts, (n, tokens, channels), float32."""
+        parts = [self._said(texts[start : start + ONCE], device) for start in range(0, len(texts), ONCE)]
+        return torch.cat([states if whole is None else _below(states, whole) for states, whole in parts])
+
+    @torch.no_grad()
+    def _said(self, texts: list[str], device: torch.device) -> Said:
         pipe = self.pipe
         for part in pipe.components.values():
             if isinstance(part, torch.nn.Module):
@@ -145,15 +169,27 @@ class Prompts(Condition):
         try:
             with torch.autocast(device.type, enabled=False):
                 return ENCODE[type(pipe).__name__](pipe, texts, device)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # parts that do not fit together fail in many ways
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"{self.encoder}: its text encoders do not fit its tokenizers, or the texts ({why})") from error
 
     @cached_property
+    def _nothing(self) -> tuple[Tensor, int]:
+        states, whole = self._said([""], torch.device("cpu"))
+        told = states if whole is None else _below(states, whole)
+        return torch.zeros_like(told[0]) if self.zeros else told[0], 0 if whole is None else whole.shape[-1]
+
+    @property
     def empty(self) -> Tensor:
         """What the network is told of no text, (tokens, channels), on the CPU."""
-        told = self.encode([""], torch.device("cpu"))[0]
-        return torch.zeros_like(told) if self.zeros else told
+        return self._nothing[0]
+
+    @property
+    def pooled(self) -> int:
+        """How many channels of the last token say something of the whole text; 0 where there is no such token."""
+        return self._nothing[1]
 
     def asked(self, indices: range) -> Tensor:
         return torch.tensor(indices) % len(self.lines)
@@ -168,7 +204,12 @@ class Prompts(Condition):
         if (largest := int(numbers.max())) >= len(self.lines):
             raise ValueError(f"{self.path}: has {len(self.lines)} lines, the data ask for line {largest + 1}")
         told = self.encode(["" if number < 0 else self.lines[number] for number in numbers.tolist()], raw.device)
-        return told.where((numbers >= 0)[:, None, None], self.empty.to(raw.device))[place] if self.zeros else told[place]
+        return (told.where((numbers >= 0)[:, None, None], 0.0) if self.zeros else told)[place]
+
+
+def _below(states: Tensor, whole: Tensor) -> Tensor:
+    """Return states of tokens (n, tokens, channels) with what is said of each text, (n, pooled), as one token more."""
+    return torch.cat([states, torch.nn.functional.pad(whole, (0, states.shape[-1] - whole.shape[-1]))[:, None]], dim=1)
 
 
 def prompted(condition: Condition, prompts: Path | None, teacher: Path) -> Condition:

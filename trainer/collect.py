@@ -44,20 +44,22 @@ def draw(
     walk: Callable[..., Tensor],
     denoiser: Denoiser,
     begin: Tensor,
-    cond: Tensor | None,
+    condition: Condition,
+    raw: Tensor | None,
     scale: float | Tensor,
     batch: int,
     device: torch.device,
 ) -> Tensor:
     """Return, on the CPU, where a sampler, or its `invert`, leads from states (n, C, H, W), in batches.
 
-    Conditions are of shape (n, ...), the scale of guidance is one for all or (n,).
+    Raw conditions are of shape (n,), the scale of guidance is one for all or (n,).
     """
     ends = []
     for start in range(0, len(begin), batch):
         part = slice(start, start + batch)
         guided = at(denoiser, scale[part].to(device) if isinstance(scale, Tensor) else scale).to(device)
-        ends.append(walk(guided, begin[part].to(device), None if cond is None else cond[part].to(device)).cpu())
+        cond = told(condition, None if raw is None else raw[part], device)
+        ends.append(walk(guided, begin[part].to(device), cond).cpu())
     return torch.cat(ends)
 
 
@@ -147,7 +149,6 @@ def collect(
         indices = writer.shards.indices(number)
         raw, eps = asked(condition, indices, classes), writer.noise(number)
         w = None if guidance_max is None else scales(seed, indices, guidance, guidance_max)
-        cond = told(condition, raw, state.device)
-        return draw(walk, denoiser, eps, cond, guidance if w is None else w, batch, state.device), raw, eps, w
+        return draw(walk, denoiser, eps, condition, raw, guidance if w is None else w, batch, state.device), raw, eps, w
 
     fill(writer, make, state, lease, "collect", walk.nfe(at(denoiser, guidance_max or guidance)))

@@ -12,6 +12,7 @@ from data.files import atomic
 from models import teacher
 from models.codec import KL
 from models.denoiser import Denoiser
+from models.pipeline import INDEX
 from models.tensors import packed, unpacked
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ def delta(base: Path, out: Path, run: Path | None = None, apply: Path | None = N
     The base itself gives the student back bit for bit. A fine-tune must be of the same form, and gets the same difference.
 
     Args:
-        base: run or checkpoint that the student began from; to apply, also a fine-tune of it.
+        base: run, checkpoint or pipeline's folder that the student began from; to apply, also a fine-tune of it.
         out: the delta to write; to apply, the checkpoint (safetensors; keep it one folder below a run's codec).
         run: the student's run or checkpoint, to make a delta.
         apply: the delta to apply.
@@ -33,7 +34,8 @@ def delta(base: Path, out: Path, run: Path | None = None, apply: Path | None = N
         raise ValueError("delta: give either --run, to make a delta of it, or --apply, a delta to apply")
     if apply and not apply.is_file():
         raise FileNotFoundError(f"{apply}: no such delta; make one with `rectify delta --run STUDENT --base TEACHER --out FILE`")
-    if out.resolve() in [path.resolve() for path in (teacher.newest(base), apply or teacher.newest(run or base))]:
+    read = [path if (path / INDEX).is_file() else teacher.newest(path) for path in (base, run or base)]
+    if out.resolve() in [path.resolve() for path in (*read, *([apply] if apply else []))]:
         raise ValueError(f"{out}: is what is read; give --out another name")
     start = teacher.load(base)[0]
     tensors, about = made(run, start) if run else applied(apply, start, base)  # type: ignore[arg-type]
@@ -55,6 +57,8 @@ def difference(value: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def made(run: Path, start: Denoiser) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and texts of a student's delta."""
     student, codec, condition = teacher.load(run)
+    if getattr(student.net, "lora", 0):
+        raise ValueError(f"{run}: was trained by adapters, which are a difference already; `rectify export` writes them alone")
     there, tensors = start.state_dict(), {}
     if unknown := sorted(there.keys() - student.state_dict().keys()):
         raise ValueError(f"{run}: has no weight {unknown[0]}, its base has: it is no student of it")

@@ -16,7 +16,7 @@ from models.denoiser import Denoiser
 from models.guidance import at
 from models.text import prompted
 from trainer import job
-from trainer.collect import Made, draw, fill, origin, told
+from trainer.collect import Made, draw, fill, origin
 
 
 def agree(teacher: Path, parts: tuple[Denoiser, Codec, Condition], source: Latents) -> None:
@@ -81,7 +81,6 @@ def invert(
     def make(number: int) -> Made:
         real = source.read(np.array(writer.shards.indices(number)))
         raw = None if isinstance(condition, Unconditional) else real.condition
-        cond = told(condition, raw, state.device)
-        return real.x, raw, draw(walk.invert, denoiser, real.x, cond, guidance, batch, state.device), None
+        return real.x, raw, draw(walk.invert, denoiser, real.x, condition, raw, guidance, batch, state.device), None
 
     fill(writer, make, state, lease, "invert", walk.nfe(at(denoiser, guidance)))

@@ -13,7 +13,12 @@ from models.nets import Net
 TOLD = ("UNet2DConditionModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel")  # a text
 VARIANCE = ("DiTTransformer2DModel", "PixArtTransformer2DModel")  # may put out, below the mean, a variance that is left out
 KINDS = ("UNet2DModel", "DiTTransformer2DModel", *TOLD)
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # attention's layers, in all kinds
+TARGETS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+]  # attention's layers, in all kinds; those of the image's tokens where texts have others
 OTHERWISE = ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds", "time_cond_proj_dim")  # told
 BASE, LORA = ".base_layer.", ".lora_"  # in the names that peft gives to a layer's own weights and to its adapter's
 
@@ -73,6 +78,7 @@ class Pretrained(Net):
 
     def _width(self, where: Path | str, whole: dict[str, Any]) -> int:
         """Return how many channels a text has that the network is told; find how it is told sizes and the whole text."""
+        self.pooled = 0
         if self.kind == "PixArtTransformer2DModel":
             self.sizes = bool(self.model.use_additional_conditions)
             return (whole["caption_channels"] or whole["cross_attention_dim"]) + 1  # which tokens count is one channel more
@@ -88,6 +94,11 @@ class Pretrained(Net):
         if not isinstance(width := whole["cross_attention_dim"], int):
             raise ValueError(f"{where}: its cross_attention_dim is {width}, Pretrained knows one number")
         return width
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The network's blocks, one by one: what is sharded, compiled and computed again."""
+        return [block for part in self.model.children() if isinstance(part, nn.ModuleList) for block in part]
 
     def train(self, mode: bool = True) -> "Pretrained":
         """Leave diffusers' own dropout off: it hides labels by the global generator's numbers; `ClassLabel` draws its own."""

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,19 +19,15 @@ from data.files import read_json
 from data.pairs import PairSet
 from deploy.cli import main
 from deploy.pretrained import flow_scheduler, on_grid_of
-from models import pipeline, teacher
+from models import teacher
 from models.interpolant import Linear
-from models.nets.pretrained import Pretrained
 from models.sampler import DDIM
 from models.text import Prompts
-from trainer.module import Generator
+from tests.conftest import REPOSITORY
+from tests.deploy.text.conftest import TEXTS
 
-transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'rectify[text]'")
+pytest.importorskip("transformers", reason="needs transformers: pip install 'rectify[text]'")
 
-from tests import published  # noqa: E402  (it needs transformers)
-
-REPOSITORY = Path(__file__).parent.parent.parent
-TEXTS = ["a red dog", "a cat", "3 birds on a wire", "", "zebra"]
 PLAIN = """
 import sys
 import torch
@@ -44,28 +39,6 @@ asked = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "np", "
 asked |= {"use_resolution_binning": False} if "PixArt" in type(pipe).__name__ else {}  # ours is smaller than any of its bins
 torch.save(torch.from_numpy(pipe(["zebra", "a cat"], **asked).images), sys.argv[2])
 """
-
-
-@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3", "pixart"])
-def folder(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp("published")
-    published.pipeline(request.param, path).save_pretrained(path / "teacher")
-    return path / "teacher"
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("texts") / "prompts.txt"
-    path.write_text("\n".join(TEXTS) + "\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def pairs(folder, prompts, tmp_path_factory):
-    path = tmp_path_factory.mktemp("pairs") / "set"
-    words = ["--prompts", str(prompts), "--pairs", "16", "--steps", "5", "--guidance", "5"]
-    assert main(["collect", "--teacher", str(folder), "--out", str(path), *words]) == 0
-    return path
 
 
 def test_pairs_are_what_the_pipeline_itself_draws(folder, pairs):
@@ -136,17 +109,28 @@ def ours(run, prompts):
 def test_a_student_goes_back_to_plain_stable_diffusion(folder, prompts, pairs, tmp_path, monkeypatch, lora):
     peft = pytest.importorskip("peft", reason="needs peft: pip install 'rectify[lora]'") if lora else None
     run = train(monkeypatch, tmp_path, folder, pairs, prompts, "--trainer.max_steps", "3", "--model.denoiser.lora", str(lora))
-    assert main(["export", "--run", str(run), "--out", "runs/text/export", "--steps", "4"]) == 0
+    shutil.move(run, tmp_path / "moved")  # a run is whole by itself
+    for name in ("teacher", "prompts.txt"):
+        (tmp_path / "runs/text" / name).unlink()
+    assert main(["export", "--run", "moved", "--out", "runs/text/export", "--steps", "4"]) == 0
     out = tmp_path / "runs/text/export"
+    assert "_name_or_path" not in (index := json.loads((out / "model_index.json").read_text())) and not index.get(
+        "requires_safety_checker"
+    )
     subprocess.run([sys.executable, "-P", "-c", PLAIN, str(out), str(tmp_path / "theirs.pt")], check=True, cwd=tmp_path)
     theirs = torch.load(tmp_path / "theirs.pt", weights_only=True).permute(0, 3, 1, 2)
-    shutil.move(run, tmp_path / "moved")  # a run is whole by itself
-    (tmp_path / "runs/text/teacher").unlink()
     drawn = ours(tmp_path / "moved", prompts)
     torch.testing.assert_close(theirs, drawn, rtol=0, atol=1e-4)
     assert (drawn - ours(folder, prompts)).abs().max() > 1e-3
     assert read_json(out / "export.json")["max_abs_diff"] < 1e-4 and '["a prompt"]' in (out / "README.md").read_text()
-    if peft:
+    delta = ["delta", "--run", "moved", "--base", str(folder), "--out", "delta.safetensors"]
+    if not peft:
+        again = ["--base", str(folder), "--apply", "delta.safetensors", "--out", "moved/consolidated/again.safetensors"]
+        assert main(delta) == 0 and main(["delta", *again]) == 0
+        one, two = (teacher.load(tmp_path / place)[0] for place in ("moved", again[-1]))
+        assert teacher.fingerprint(one) == teacher.fingerprint(two)
+    else:
+        assert main(delta) == 2
         denoiser = teacher.load(folder)[0]  # of the base's network, in which peft puts the adapters
         denoiser.net.model = peft.PeftModel.from_pretrained(denoiser.net.model, out / "lora").eval()
         asked = torch.randn(2, 4, 8, 8), torch.tensor([0.1, 0.9]), Prompts(str(folder), str(prompts))(torch.tensor([4, 1]))
@@ -191,105 +175,3 @@ def test_a_text_model_is_evaluated_on_images_without_labels(folder, prompts, tmp
     found = read_json(tmp_path / "evaluation/evaluation.json")["steps"]
     assert [found[steps]["nfe"] for steps in ("1", "2")] == [2, 4]
     assert all(row["fd"] > 0 and "accuracy" not in row for row in found.values())
-
-
-def test_what_does_not_fit_is_one_line(folder, prompts, pairs, workspace, tmp_path, capfd):
-    def refused(said, *words):
-        assert main(list(map(str, words))) == 2
-        lines = capfd.readouterr().err.strip().splitlines()
-        assert lines[-1].startswith("rectify: error: ") and said in lines[-1] and "Traceback" not in "".join(lines)
-
-    collect = ("collect", "--out", tmp_path / "x", "--pairs", "8", "--steps", "1", "--teacher")
-    refused("is told texts; give them", *collect, folder)
-    refused("is told no texts; leave them out", *collect, workspace.path / "runs/demo/teacher", "--prompts", prompts)
-    for name, text, said in (("none.txt", b"", "holds no prompt"), ("latin.txt", b"\xe9\n", "not UTF-8")):
-        (tmp_path / name).write_bytes(text)
-        refused(said, *collect, folder, "--prompts", tmp_path / name)
-    refused("No such file", *collect, folder, "--prompts", tmp_path / "missing.txt")
-    shutil.copytree(folder, tmp_path / "bare")
-    shutil.rmtree(tmp_path / "bare/tokenizer")
-    refused("no tokenizer in it", *collect, tmp_path / "bare", "--prompts", prompts)
-    network = pipeline.components(folder)[0]
-    kind = teacher.load(folder)[0].net.kind
-    for place, said, change in (
-        ("text_encoder", "its text_encoder", {"vocab_size": 7}),
-        (network.name, f"not a readable {kind}", {"cross_attention_dim": 8, "joint_attention_dim": 8}),
-    ):
-        shutil.copytree(folder, tmp_path / place)
-        file = tmp_path / place / place / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-        refused(said, *collect, tmp_path / place, "--prompts", prompts)
-    if kind == "UNet2DConditionModel":
-        file = shutil.copytree(folder, tmp_path / "longer") / "tokenizer/tokenizer_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 13}))
-        refused("its text encoders do not fit", *collect, tmp_path / "longer", "--prompts", prompts)
-    (tmp_path / "other.txt").write_text("a dog\n")
-    fit = ("fit", "--config", REPOSITORY / "configs/text/student.yaml", "--out", tmp_path / "run", "--trainer.logger", "false")
-    fit += ("--model.denoiser.folder", folder, "--model.initial", folder, "--model.codec", folder / "vae", "--data.batch", "8")
-    fit += ("--model.condition.encoder", folder, "--data.source.path", pairs, "--trainer.accelerator", "cpu")
-    refused("collected with prompts", *fit, "--model.condition.path", tmp_path / "other.txt")
-    refused(f"the network reads {teacher.load(folder)[0].net.tokens}", *fit, "--model.condition", "Unconditional")
-
-
-def test_networks_that_are_told_more_are_refused(folder, tmp_path):
-    net = published.unet(addition_embed_type="text", addition_embed_type_num_heads=2)
-    net.save_pretrained(tmp_path / "more")
-    with pytest.raises(ValueError, match="its addition_embed_type is text, Pretrained knows text_time"):
-        Pretrained(str(tmp_path / "more"), tokens=12)
-    published.unet(num_class_embeds=3).save_pretrained(tmp_path / "classes")
-    with pytest.raises(ValueError, match="told more than a text"):
-        Pretrained(str(tmp_path / "classes"), tokens=12)
-    with pytest.raises(ValueError, match="tokens is 0"):
-        Pretrained(str(pipeline.components(folder)[0]))
-    denoiser = teacher.load(folder)[0]
-    shutil.copytree(folder, tmp_path / "other")
-    encoder = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
-    torch.nn.init.normal_(encoder.get_input_embeddings().weight)
-    encoder.save_pretrained(tmp_path / "other/text_encoder")
-    Generator(denoiser, condition=Prompts(str(folder)))
-    if not Prompts(str(folder)).zeros:  # else no text is encoded alike by all
-        with pytest.raises(ValueError, match="has not the text encoder"):
-            Generator(denoiser, condition=Prompts(str(tmp_path / "other")))
-
-
-def test_a_network_is_told_the_size_of_its_images_where_it_reads_it(tmp_path):
-    """As PixArt's of 1024 x 1024 are: the pipeline's own call, which gives sizes to no smaller network."""
-    published.pixart(use_additional_conditions=True).save_pretrained(tmp_path)
-    net, (x_t, clock) = Pretrained(str(tmp_path), tokens=6, pixels=1024), (torch.randn(2, 4, 8, 8), torch.tensor([900, 1]))
-    states, mask = torch.randn(2, 6, 32), torch.tensor([[1, 1, 0, 0, 0, 0], [1] * 6])
-    sizes = {"resolution": torch.tensor([[1024.0, 1024.0]] * 2), "aspect_ratio": torch.ones(2, 1)}
-    asked = {"encoder_hidden_states": states, "encoder_attention_mask": mask, "timestep": clock, "added_cond_kwargs": sizes}
-    with torch.no_grad():
-        told = net(x_t, clock, torch.cat([states, mask[..., None]], -1))
-        torch.testing.assert_close(told, net.model(x_t, **asked).sample[:, :4])
-        states[0, 3] += 1  # pads, and is not read
-        torch.testing.assert_close(told, net(x_t, clock, torch.cat([states, mask[..., None]], -1)))
-
-
-def test_a_tokenizer_of_sentencepiece_is_read(tmp_path):
-    """As PixArt's folders have it: a model file, and nothing that tokenizers reads."""
-    sentencepiece = pytest.importorskip("sentencepiece", reason="needs sentencepiece: pip install 'rectify[text]'")
-    with (tmp_path / "model").open("wb") as file:
-        pieces = {"vocab_size": 30, "hard_vocab_limit": False, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS * 50), model_writer=file, **pieces)
-    published.pipeline("pixart", tmp_path).save_pretrained(tmp_path / "teacher")
-    place = tmp_path / "teacher/tokenizer"
-    shutil.rmtree(place)
-    place.mkdir()
-    (tmp_path / "model").rename(place / "spiece.model")
-    (place / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
-    told = Prompts(str(tmp_path / "teacher")).encode(["a red dog", "a cat"], torch.device("cpu"))
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(place / "spiece.model"))
-    assert told[..., -1].sum(1).tolist() == [1 + len(pieces.encode(text)) for text in ("a red dog", "a cat")]
-
-
-def test_files_that_other_programs_wrote_mean_what_they_mean_there(folder, tmp_path):
-    """A byte order mark is no part of a prompt; an index that does not state the negative has diffusers' default."""
-    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa dog\r\na\xe2\x80\xa8cat")
-    assert Prompts(str(folder), str(tmp_path / "prompts.txt")).lines == ["a dog", "a\u2028cat"]
-    shutil.copytree(folder, tmp_path / "older")
-    told = json.loads((folder / "model_index.json").read_text())
-    index = {key: value for key, value in told.items() if key != "force_zeros_for_empty_prompt"}
-    (tmp_path / "older/model_index.json").write_text(json.dumps(index))
-    found = [Prompts(str(place)).empty for place in (folder, tmp_path / "older")]
-    assert torch.equal(*found)
