@@ -98,7 +98,8 @@ class Pretrained(Net):
     @property
     def blocks(self) -> list[nn.Module]:
         """The network's blocks, one by one: what is sharded, compiled and computed again."""
-        return [block for part in self.model.children() if isinstance(part, nn.ModuleList) for block in part]
+        blocks = [block for part in self.model.children() if isinstance(part, nn.ModuleList) for block in part]
+        return blocks[1:] if self.kind == "DiTTransformer2DModel" else blocks  # DiT asks its first block's embedding from outside
 
     def train(self, mode: bool = True) -> "Pretrained":
         """Leave diffusers' own dropout off: it hides labels by the global generator's numbers; `ClassLabel` draws its own."""
