@@ -12,7 +12,7 @@ from data.files import read_json, write_json
 from deploy.cli import main
 from deploy.run import command, load
 from tests.conftest import REPOSITORY
-from trainer.picture import forms
+from trainer.picture import forms, train
 from trainer.report.claims import Costs, gather, markdown
 
 PIPELINE, CLAIMS = (REPOSITORY / "configs/claims" / name for name in ("pipeline.yaml", "claims.yaml"))
@@ -35,6 +35,7 @@ def test_every_method_of_a_claim_is_trained_and_evaluated():
 def test_the_quick_form_tries_every_claim(workspace, tmp_path, monkeypatch, inside):
     """Its stages in one process; then every other run of seed 0, so that no method's configuration is left untried."""
     monkeypatch.chdir(workspace.path)
+    monkeypatch.setattr(train, "PAIRS", 256)
     out = tmp_path / "claims"
     (out / "images").mkdir(parents=True)
     (out / "images/classifier.safetensors").hardlink_to(workspace.path / "runs/demo/images/classifier.safetensors")

@@ -12,13 +12,13 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
-from data.files import file_digest, replacing, write_json
+from data.files import canonical, digest, file_digest, read_json, replacing, write_json
 from data.images import Images, read_all
 from data.noise import noises, underway
 from data.progress import Meter
 from models import sampler as samplers
 from models import teacher as teachers
-from models.codec import Codec, to_uint8
+from models.codec import KL, Codec, to_uint8
 from models.guidance import at
 from models.text import Prompts, prompted
 from trainer import job
@@ -166,6 +166,17 @@ def looking(images: Path, sets: list[Images], eyes: Extractor | None, state: Par
     return eyes.beside(classifier) if eyes else classifier, told
 
 
+def kept_floors(
+    images: Path, about: dict[str, Any], codec: Codec, look: Look, sets: list[Images], samples: int, seed: int
+) -> dict[str, float]:
+    """Return `floors`, kept as IMAGES/floors-*.json for whoever evaluates in the same features, through the same codec, again."""
+    origin = [about, [part.manifest["listing"] for part in sets], codec.weights() if isinstance(codec, KL) else None]
+    path = images / f"floors-{digest(canonical([*origin, samples, seed]))[:16]}.json"
+    if not path.exists():
+        write_json(path, {"format": 1, "floors": floors(codec, look, sets, samples, seed)})
+    return read_json(path)["floors"]
+
+
 def floors(codec: Codec, look: Look, sets: list[Images], samples: int, seed: int) -> dict[str, float]:
     """Return what cannot be beaten: real images through the autoencoder alone, and real against bootstrapped real."""
     real, through = [], []
@@ -257,7 +268,7 @@ def evaluate(
         shared = {
             **about,
             **trajectories(drawing.denoiser, eps, told),
-            "floors": floors(drawing.codec.cpu(), look, sets, samples, seed),
+            "floors": kept_floors(images, about, drawing.codec.cpu(), look, sets, samples, seed),
             "seconds": round(time.monotonic() - began, 1),
         }
         told_of: dict[str, Any] = {
