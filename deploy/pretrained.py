@@ -36,7 +36,7 @@ ASKED: list[Any] = [
     "",
     "zebra",
 ]  # of pipelines that are told texts, when they are compared
-CHECKED = (1, 2, 4, 8)  # step counts at which the folder is compared, of those that divide its chain
+CHECKED = (1, 2, 4, 8)  # step counts at which the folder is compared, beside the recommended; of those that divide its chain
 
 
 def schedule(denoiser: Denoiser) -> DDIMScheduler:
@@ -116,7 +116,9 @@ def ours(denoiser: Denoiser, scheduler: Any, steps: int, eps: Tensor, told: Tens
 
 
 @torch.inference_mode()
-def compare(folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition, seed: int = 0) -> dict[str, dict[str, float]]:
+def compare(
+    folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition, steps: int, seed: int = 0
+) -> dict[str, dict[str, float]]:
     """Return, by steps, how far a loaded pipeline's images lie from ours, on its grid and on our native uniform one.
 
     In units of the largest number in our sample where that is over 1: a noise prediction's first step divides by alpha(1).
@@ -129,19 +131,19 @@ def compare(folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition
     takes = inspect.signature(type(pipe).__call__).parameters
     plain = {key: False for key in ("use_resolution_binning", "clean_caption") if key in takes}  # PixArt's, of sizes and of texts
     found = {}
-    for steps in (steps for steps in CHECKED if pipe.scheduler.config["num_train_timesteps"] % steps == 0):
-        asked = {"num_inference_steps": steps, "output_type": "np", "generator": torch.manual_seed(seed), **plain}
+    for n in sorted(n for n in {*CHECKED, steps} if pipe.scheduler.config["num_train_timesteps"] % n == 0):
+        asked = {"num_inference_steps": n, "output_type": "np", "generator": torch.manual_seed(seed), **plain}
         theirs = pipe(labels, guidance_scale=1.0, **asked) if labels else pipe(4, **asked)
         drawn = torch.from_numpy(theirs.images).permute(0, 3, 1, 2)
         eps = torch.randn(4, *denoiser.shape, generator=torch.manual_seed(seed))
-        latents = {"same_grid": ours(denoiser, pipe.scheduler, steps, eps, told), "native_grid": DDIM(steps)(denoiser, eps, told)}
+        latents = {"same_grid": ours(denoiser, pipe.scheduler, n, eps, told), "native_grid": DDIM(n)(denoiser, eps, told)}
         images = {name: (codec.decode(x) / 2 + 0.5).clamp(0, 1) for name, x in latents.items()}
         size = max(1.0, latents["same_grid"].abs().max().item())
-        found[str(steps)] = {name: (drawn - image).abs().max().item() / size for name, image in images.items()}
+        found[str(n)] = {name: (drawn - image).abs().max().item() / size for name, image in images.items()}
     return found
 
 
-def whole(folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition) -> dict[str, dict[str, float]]:
+def whole(folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition, steps: int) -> dict[str, dict[str, float]]:
     """Write a run as the pipeline that its teacher was, and return how far its images lie from ours."""
     pipeline(denoiser, codec, condition).save_pretrained(folder)
     index = json.loads((folder / INDEX).read_bytes())
@@ -151,7 +153,7 @@ def whole(folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition) 
     assert isinstance(denoiser.net, Pretrained)
     if denoiser.net.lora:
         adapters(denoiser.net, folder / "lora")
-    return compare(folder, denoiser, codec, condition)
+    return compare(folder, denoiser, codec, condition, steps)
 
 
 def adapters(net: Pretrained, folder: Path) -> None:

@@ -127,7 +127,8 @@ def ours(run):
 def test_a_student_goes_back_to_plain_diffusers(folder, pairs, tmp_path):
     assert len(PairSet(pairs)) == 64
     run = student(tmp_path, folder, pairs)
-    assert main(["export", "--run", str(run), "--out", str(tmp_path / "out"), "--steps", "1"]) == 0
+    assert main(["export", "--run", str(run), "--out", str(tmp_path / "out"), "--steps", "5"]) == 0
+    assert set(read_json(tmp_path / "out/export.json")["gaps"]) >= set("1245"), "the recommended number of steps, too"
     torch.testing.assert_close(plainly(tmp_path / "out", tmp_path), ours(run), rtol=0, atol=1e-4)
     assert (ours(run) - ours(folder)).abs().max() > 1e-3 and read_json(tmp_path / "out/export.json")["max_abs_diff"] < 1e-4
     assert not (tmp_path / "out/lora").exists()
