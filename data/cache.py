@@ -105,7 +105,7 @@ class Cache:
         path = self.path(url, xxh3)
         if file := _held(path):
             return file
-        with _alone(path):  # one process downloads, the others wait for it
+        with alone(path):  # one process downloads, the others wait for it
             file = _held(path) or self._download(url, path, kind, xxh3)
         self._evict()
         return file
@@ -155,7 +155,7 @@ class Cache:
 
     def _evict(self) -> None:
         """Remove the least recently used files beyond the limit, and what killed processes left."""
-        with _alone(self.folder / "evict"):
+        with alone(self.folder / "evict"):
             sweep(self.folder, "-")  # no final name: abandoned files alone
             found = []
             for path in self.folder.glob("*.part"):
@@ -193,8 +193,8 @@ def _removed(path: Path) -> bool:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Let one process after the other through; a killed one's lock is released by the system."""
+def alone(path: Path) -> Iterator[None]:
+    """Let one process after the other through, by PATH's .lock; a killed one's lock is released by the system."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_suffix(".lock")
     with lock.open("wb") as file:

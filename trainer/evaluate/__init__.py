@@ -1,5 +1,6 @@
 """Evaluation: quality against the number of network evaluations."""
 
+import os
 import time
 from itertools import product
 from pathlib import Path
@@ -172,9 +173,12 @@ def kept_floors(
     """Return `floors`, kept as IMAGES/floors-*.json for whoever evaluates in the same features, through the same codec, again."""
     origin = [about, [part.manifest["listing"] for part in sets], codec.weights() if isinstance(codec, KL) else None]
     path = images / f"floors-{digest(canonical([*origin, samples, seed]))[:16]}.json"
-    if not path.exists():
-        write_json(path, {"format": 1, "floors": floors(codec, look, sets, samples, seed)})
-    return read_json(path)["floors"]
+    if path.exists():
+        return read_json(path)["floors"]
+    found = floors(codec, look, sets, samples, seed)
+    if os.access(images, os.W_OK):
+        write_json(path, {"format": 1, "floors": found})
+    return found
 
 
 def floors(codec: Codec, look: Look, sets: list[Images], samples: int, seed: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """A small classifier of a packed, labelled set: its features measure distance, its answers accuracy."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batch import Steps
+from data.cache import alone
 from data.files import atomic, naming
 from data.images import Images, read_all
 from data.progress import Meter
@@ -47,9 +49,15 @@ def accuracy(classifier: Classifier, images: Images) -> float:
 
 def trained(folder: Path, train: Images, heldout: Images) -> tuple[Classifier, float]:
     """Return the set's classifier and its held-out accuracy, trained once and kept as FOLDER/classifier.safetensors."""
-    classes = train.manifest["classes"]
-    if not classes:
+    if not train.manifest["classes"]:
         raise ValueError(f"{folder}: has no class labels to train a classifier on; give --extractor, a network to measure with")
+    kept = (folder / "classifier.safetensors").exists()
+    with nullcontext() if kept else alone(folder / "classifier"):  # of evaluations side by side one trains it, the others wait
+        return _trained(folder, train, heldout)
+
+
+def _trained(folder: Path, train: Images, heldout: Images) -> tuple[Classifier, float]:
+    classes = train.manifest["classes"]
     path, torch_state = folder / "classifier.safetensors", torch.random.get_rng_state()
     torch.manual_seed(SEED)
     classifier = Classifier(train.pixels(0).shape[0], len(classes))
