@@ -2,75 +2,27 @@
 
 import io
 import math
-import os
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import yaml
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from data.files import atomic, naming, read_json, write_json
+from data.files import atomic, naming, write_json
 from data.form import COUNT, NAME, NUMBER, conform
 from trainer.picture import forms
+from trainer.report.costs import Costs
 from trainer.report.spread import BEGIN, FORM, alike, cell, ends, replaced
-from trainer.report.summary import ROW, read, read_stages, run_log
+from trainer.report.summary import ROW, read, run_log
 
 CLAIM = {"title": str, "methods": [NAME], "steps": [COUNT], "teacher": NAME}
-MAY: dict[str, Any] = {"passes": [NAME], "reach": float, "trained": bool}  # that a claim may say beside
+MAY: dict[str, Any] = {"passes": [NAME], "reach": float, "trained": bool, "seeds": [NAME]}  # that a claim may say beside
 QUALITY = ("fd", "accuracy", "recall")
 SHAPE = ("first_orderness", "straightness")
 MEASURED = {**FORM, "run": str, "straightness": float, "steps": {NUMBER: {**ROW, "accuracy": float}}}
-
-
-class Costs:
-    """What the stages of a pipeline cost, in network evaluations on one sample each.
-
-    Args:
-        run: folder of the pipeline.
-    """
-
-    def __init__(self, run: Path):
-        stages = [stage["words"] for stage in read_stages(run).values()]
-        made = {words[words.index("--out") + 1]: " ".join(words) for words in stages if "--out" in words}
-        self.run, self.base = run, os.path.commonpath(made) if len(made) > 1 else ""  # where it ran: it may have been moved
-        self.texts = {self.place(out): text for out, text in made.items()}
-        self.named = {place: re.compile(re.escape(os.path.join(self.base, place)) + r"(?![\w.-])") for place in self.texts}
-
-    def place(self, path: str) -> str:
-        """Return a path that a stage was given as one in the pipeline's folder."""
-        return os.path.relpath(path, self.base)
-
-    def before(self, place: str) -> set[str]:
-        """Return all that a stage's result was made from."""
-        found: set[str] = set()
-        new = {place}
-        while new:
-            text = " ".join(self.texts[one] for one in new)
-            new = {one for one, name in self.named.items() if name.search(text)} - found - {place}
-            found |= new
-        return found
-
-    def own(self, place: str, step: int | None = None) -> int:
-        """Return what a run or pair set cost by itself, a run until a step, or to its end."""
-        log, manifest = self.run / place / "metrics.jsonl", self.run / place / "manifest.json"
-        if log.exists():
-            lines = [values for values in run_log(log.parent) if "evaluations" in values]
-            until = [values for values in lines if step is None or values["step"] <= step]
-            conform(until, [{"evaluations": COUNT}], f"{log}: evaluations")
-            return until[-1]["evaluations"] if until else 0
-        return int(read_json(manifest).get("evaluations", 0)) if manifest.exists() else 0
-
-    def whole(self, place: str, step: int | None = None) -> int:
-        """Return what a run cost with all that it was made from, but for teachers: runs that were made from data alone."""
-        return self.own(place, step) + sum(self.own(one) for one in self.before(place) if not self.teacher(one))
-
-    def teacher(self, place: str) -> bool:
-        """Tell whether a place holds a run that began from nothing and learnt from data alone."""
-        taught = re.search(r"--\S*(initial|teacher)", self.texts[place]) or any(self.own(one) for one in self.before(place))
-        return (self.run / place / "metrics.jsonl").exists() and not taught
 
 
 def stated(told: Any, where: str) -> dict[str, Any]:
@@ -102,6 +54,16 @@ def found(run: Path, costs: Costs, method: str) -> dict[int, dict[str, Any]]:
         row = rows.setdefault(step, {"trained": step * batch, "evaluations": costs.whole(place, step), "seeds": {}})
         row["seeds"][path.parts[-3]] = one
     return rows
+
+
+def chosen(rows: dict[int, dict[str, Any]], seeds: list[str] | None) -> dict[int, dict[str, Any]]:
+    """Return a method's evaluations of these seeds alone, of all if none are named."""
+    if seeds is None:
+        return rows
+    own = {
+        step: {**row, "seeds": {seed: row["seeds"][seed] for seed in seeds if seed in row["seeds"]}} for step, row in rows.items()
+    }
+    return {step: row for step, row in own.items() if row["seeds"]}
 
 
 def tell(claim: str, method: str, row: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -138,14 +100,15 @@ def gather(run: Path, claims: dict[str, Any]) -> dict[str, Any]:
         raise FileNotFoundError(f"{run / 'evaluation'}: no METHOD/SEED/AT/evaluation.json of a claim's methods below it")
     told, teachers = [], {}
     for name, claim in claims.items():
-        if claim["teacher"] not in methods:
+        mine = {method: own for method, rows in methods.items() if (own := chosen(rows, claim.get("seeds")))}
+        if claim["teacher"] not in mine:
             continue
-        of = methods[claim["teacher"]]
+        of = mine[claim["teacher"]]
         teachers[name] = taught(of[max(of)], claim["teacher"])
         if not teachers[name]["evaluations"]:
             raise ValueError(f"{run / claim['teacher']}: its metrics.jsonl counts no evaluations; train it again to tell costs")
-        for method in (method for method in claim["methods"] if method in methods):
-            by = methods[method]
+        for method in (method for method in claim["methods"] if method in mine):
+            by = mine[method]
             kept = sorted(by) if claim.get("trained") else [max(by)]
             told += [tell(name, method, by[step], steps) for step in kept for steps in claim["steps"]]
     missing = [name for name in names if name not in methods]
@@ -157,10 +120,20 @@ def gather(run: Path, claims: dict[str, Any]) -> dict[str, Any]:
     return {"format": 1, **terms, **plane, "teachers": teachers, "missing": missing, "rows": [row for row in told if row["fd"]]}
 
 
-def cheapest(rows: list[dict[str, Any]], limit: float) -> dict[str, Any] | None:
-    """Return the cheapest of rows whose median FD is at most a limit."""
-    reached = [row for row in rows if ends(row["fd"])["median"] <= limit]
+def cheapest(rows: list[dict[str, Any]], fd: Callable[[dict[str, Any]], float], limit: float) -> dict[str, Any] | None:
+    """Return the cheapest of rows whose FD, as it is counted, is at most a limit."""
+    reached = [row for row in rows if fd(row) <= limit]
     return min(reached, key=lambda row: row["evaluations"]) if reached else None
+
+
+def median(row: dict[str, Any]) -> float:
+    """Return a row's median FD."""
+    return ends(row["fd"])["median"]
+
+
+def ratio(row: dict[str, Any], teacher: dict[str, Any]) -> float:
+    """Return the median over seeds of a row's FD over that of the teacher of the same seed, or of all where it has no other."""
+    return ends({seed: fd / teacher["fd"].get(seed, median(teacher)) for seed, fd in row["fd"].items()})["median"]
 
 
 def passing(other: str, mine: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -168,9 +141,9 @@ def passing(other: str, mine: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines = []
     for steps in dict.fromkeys(row["steps"] for row in mine[other]):
         last = [row for row in mine[other] if row["steps"] == steps][-1]
-        goal = ends(last["fd"])["median"]
+        goal = median(last)
         for method, rows in mine.items():
-            first = cheapest([row for row in rows if row["steps"] == steps], goal)
+            first = cheapest([row for row in rows if row["steps"] == steps], median, goal)
             said = f"after {first['trained']:,} samples ({first['trained'] / last['trained']:.0%})" if first else "never"
             lines.append(f"- {method} in {steps} step{'s' * (steps > 1)}: as good as {other} at its end (FD {goal:.2f}) {said}")
     return lines
@@ -178,11 +151,17 @@ def passing(other: str, mine: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def reaching(share: float, mine: dict[str, list[dict[str, Any]]], teacher: dict[str, Any]) -> list[str]:
     """Return lines on what each method had spent when its one step came so near the teacher's most, the cheapest first."""
-    fd = ends(teacher["fd"])["median"]
-    first = {method: cheapest([row for row in rows if row["steps"] == 1], share * fd) for method, rows in mine.items()}
-    lines = [f"Spent when an FD of {share} x {fd:.2f} = {share * fd:.2f} was first seen in one step:", ""]
+    single = {method: [row for row in rows if row["steps"] == 1] for method, rows in mine.items()}
+
+    def near(row: dict[str, Any]) -> float:
+        return ratio(row, teacher)
+
+    first = {method: cheapest(rows, near, share) for method, rows in single.items()}
+    what = f"Spent when FD in one step was first within {share} times the teacher's in {teacher['steps']}, seed by seed"
+    lines = [f"{what}, and how near it came at the end:", ""]
     for method, row in sorted(first.items(), key=lambda item: item[1]["evaluations"] if item[1] else math.inf):
-        lines.append(f"- {method}: {cost(row, teacher) if row else 'never'}")
+        last = f", {near(single[method][-1]):.2f} times" if single[method] else ""
+        lines.append(f"- {method}: {cost(row, teacher) if row else 'never'}{last}")
     return lines
 
 
@@ -233,6 +212,9 @@ def panel(axes: Any, rows: dict[str, list[dict[str, Any]]], followed: bool) -> N
     for part in (axes.yaxis, *([axes.xaxis] if followed else [])):
         part.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:,.3g}" if value < 1000 else f"{value / 1000:,.0f} k"))
         part.set_major_formatter(part.get_minor_formatter())
+    if followed and axes.get_xlim()[1] > 5 * axes.get_xlim()[0]:  # every digit would be too many
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(which="both", labelsize=7)
 
 
@@ -242,6 +224,8 @@ def plot(claims: dict[str, Any], results: dict[str, Any]) -> bytes:
     height = (len(claims) + 1) // 2
     figure = Figure(figsize=(15, 4.4 * height), layout="constrained")
     panels = figure.subplots(height, 2, squeeze=False).flatten()
+    for axes in panels[len(claims) :]:
+        axes.set_visible(False)
     for axes, (name, claim) in zip(panels, claims.items()):
         rows = [row for row in results["rows"] if row["claim"] == name]
         by = {method: [row for row in rows if row["method"] == method] for method in claim["methods"]}
@@ -279,7 +263,8 @@ def results(run: Path, claims: Path, out: Path) -> None:
         run: folder of the pipeline, with RUN/evaluation/METHOD/SEED/AT for every run, or checkpoint, that was evaluated, and
             RUN/plane of `rectify plane`, if that was run.
         claims: YAML: each claim's title, methods, steps and teacher; `trained` tells of every checkpoint that was evaluated,
-            `passes` what the methods need to be as good as each of these, `reach` to come within so many times the teacher's FD.
+            `passes` what the methods need to be as good as each of these, `reach` to come within so many times the teacher's FD;
+            `seeds` names those that are compared, if not all.
         out: the Markdown file; OUT's .json and .png are written beside it.
     """
     with naming(claims):
