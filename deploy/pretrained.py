@@ -30,13 +30,8 @@ from models.prediction import Velocity
 from models.sampler import DDIM
 from models.text import INDEX, Prompts
 
-ASKED: list[Any] = [
-    "a red bird",
-    "two houses by the sea",
-    "",
-    "zebra",
-]  # of pipelines that are told texts, when they are compared
 CHECKED = (1, 2, 4, 8)  # step counts at which the folder is compared, beside the recommended; of those that divide its chain
+ASKED: list[Any] = ["a red bird", "two houses by the sea", "", "zebra"]  # then, of a pipeline that is told texts
 
 
 def schedule(denoiser: Denoiser) -> DDIMScheduler:
@@ -91,12 +86,12 @@ def pipeline(denoiser: Denoiser, codec: Codec, condition: Condition) -> Diffusio
         return DDIMPipeline(net.merged(), schedule(denoiser))
     flow = isinstance(denoiser.interpolant, Linear) and isinstance(denoiser.prediction, Velocity)
     if (chain or flow) and isinstance(codec, KL) and isinstance(condition, Prompts):
-        whole = copy.copy(condition.pipe)
-        name = "unet" if "unet" in whole.components else "transformer"
+        pipe = copy.copy(condition.pipe)
+        name = "unet" if "unet" in pipe.components else "transformer"
         even = FlowMatchEulerDiscreteScheduler()  # which Flux gives even steps
-        walk = schedule(denoiser) if chain else even if isinstance(whole, FluxPipeline) else flow_scheduler()
-        whole.register_modules(**{name: net.merged()}, vae=plain_vae(codec), scheduler=walk)
-        return whole
+        walk = schedule(denoiser) if chain else even if isinstance(pipe, FluxPipeline) else flow_scheduler()
+        pipe.register_modules(**{name: net.merged()}, vae=plain_vae(codec), scheduler=walk)
+        return pipe
     if net.kind == "DiTTransformer2DModel" and (chain or flow) and isinstance(codec, KL):
         return DiTPipeline(net.merged(), plain_vae(codec), schedule(denoiser) if chain else flow_scheduler())
     raise ValueError(
@@ -147,9 +142,8 @@ def whole(folder: Path, denoiser: Denoiser, codec: Codec, condition: Condition, 
     """Write a run as the pipeline that its teacher was, and return how far its images lie from ours."""
     pipeline(denoiser, codec, condition).save_pretrained(folder)
     index = json.loads((folder / INDEX).read_bytes())
-    (folder / INDEX).write_text(
-        json.dumps({key: value for key, value in index.items() if key != "_name_or_path"}, indent=2) + "\n"
-    )
+    index.pop("_name_or_path", None)  # where its texts were read from
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     assert isinstance(denoiser.net, Pretrained)
     if denoiser.net.lora:
         adapters(denoiser.net, folder / "lora")

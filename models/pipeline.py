@@ -94,7 +94,8 @@ def pretrained(folder: str, lora: int = 0) -> Denoiser:
     texts = Prompts(folder)
     nothing = texts.empty
     flux = telling(Path(folder))[0] == "FluxPipeline"
-    net = Pretrained(str(network), lora, len(nothing), *((0, SIDE) if flux else (pixels(network, codec),)))
+    size = {"side": SIDE} if flux else {"pixels": pixels(network, codec)}
+    net = Pretrained(str(network), lora, len(nothing), **size)
     for here, there, what in ((nothing.shape[1], net.nothing.shape[1], "texts"), (texts.pooled, net.pooled, "whole texts")):
         if here != there:
             raise ValueError(f"{folder}: its {what} have {here} channels, its network reads {there}")

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from functools import cached_property, lru_cache
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from models.condition import Condition
 
 PARTS = ("tokenizer", "text_encoder")  # what the names of a pipeline's parts that encode texts begin with
 INDEX = "model_index.json"
-
 
 Said = tuple[Tensor, Tensor | None]  # of texts: the states of their tokens, and what is said of each as a whole
 
@@ -55,6 +54,14 @@ def kind(folder: Path) -> tuple[str, list[str]]:
     return (name, parts) if isinstance(name, str) and name in ENCODE else ("", [])
 
 
+def _sentencepiece(folder: Path) -> None:
+    try:
+        for name in ("sentencepiece", "google.protobuf"):
+            import_module(name)
+    except ImportError:  # transformers would ask for tiktoken
+        raise ValueError(f"{folder}: a tokenizer of sentencepiece; pip install 'rectify[text]'") from None
+
+
 @lru_cache(maxsize=2)
 def _read(folder: Path, changed: int) -> Any:
     """Return a pipeline without all that does not encode texts, in float32; `changed` is when its index was."""
@@ -71,8 +78,8 @@ def _read(folder: Path, changed: int) -> Any:
             raise ValueError(f"{folder}: no {part} in it; give a pipeline's folder, which has one")
         if part.startswith("tokenizer") and not any((folder / part / file).is_file() for file in VOCABULARIES):
             raise ValueError(f"{folder / part}: has no vocabulary ({', '.join(VOCABULARIES)}); is the folder whole?")
-        if (folder / part / "spiece.model").is_file() and not (find_spec("sentencepiece") and find_spec("google.protobuf")):
-            raise ValueError(f"{folder / part}: a tokenizer of sentencepiece; pip install 'rectify[text]'")
+        if (folder / part / "spiece.model").is_file() and not (folder / part / "tokenizer.json").is_file():
+            _sentencepiece(folder / part)
     cls = getattr(diffusers, name)
     takes = inspect.signature(cls).parameters.items()
     absent = {key: None for key, value in takes if value.default in (value.empty, None) and key not in parts}

@@ -13,12 +13,8 @@ from models.nets import Net
 TOLD = ("UNet2DConditionModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel")  # a text
 VARIANCE = ("DiTTransformer2DModel", "PixArtTransformer2DModel")  # may put out, below the mean, a variance that is left out
 KINDS = ("UNet2DModel", "DiTTransformer2DModel", *TOLD)
-TARGETS = [
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-]  # attention's layers, in all kinds; those of the image's tokens where texts have others
+# attention's layers, in all kinds; where texts have others, those of the image's tokens
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 OTHERWISE = ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds", "time_cond_proj_dim")  # told
 BASE, LORA = ".base_layer.", ".lora_"  # in the names that peft gives to a layer's own weights and to its adapter's
 
@@ -163,7 +159,7 @@ class Pretrained(Net):
     def _flux(self, x_t: Tensor, clock: Tensor, text: Tensor, scale: Tensor | None) -> Tensor:
         """Return Flux's output: its tokens are squares of 2 x 2 places, each told where it lies; its time runs from 0 to 1."""
         b, c, h, w = x_t.shape
-        packed = x_t.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+        packed = x_t.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
         rows, columns = torch.meshgrid(*(torch.arange(n // 2, device=x_t.device) for n in (h, w)), indexing="ij")
         told = {"encoder_hidden_states": text[:, :-1], "pooled_projections": text[:, -1, : self.pooled]}
         if self.scaled:
@@ -171,7 +167,7 @@ class Pretrained(Net):
         places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(x_t.dtype)
         nowhere = x_t.new_zeros(text.shape[1] - 1, 3)
         y = self.model(packed, timestep=clock / 1000, img_ids=places, txt_ids=nowhere, **told).sample
-        return y.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+        return y.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
     def merged(self) -> nn.Module:
         """Return the plain diffusers network of the same function: adapters merged into the layers that they adapt."""

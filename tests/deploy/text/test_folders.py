@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_a_network_is_told_the_size_of_its_images_where_it_reads_it(tmp_path):
         torch.testing.assert_close(told, net(x_t, clock, torch.cat([states, mask[..., None]], -1)))
 
 
-def test_a_tokenizer_of_sentencepiece_is_read(tmp_path):
+def test_a_tokenizer_of_sentencepiece_is_read(tmp_path, monkeypatch):
     """As PixArt's folders have it: a model file, and nothing that tokenizers reads."""
     sentencepiece = pytest.importorskip("sentencepiece", reason="needs sentencepiece: pip install 'rectify[text]'")
     with (tmp_path / "model").open("wb") as file:
@@ -148,6 +149,9 @@ def test_a_tokenizer_of_sentencepiece_is_read(tmp_path):
     told = Prompts(str(tmp_path / "teacher")).encode(["a red dog", "a cat"], torch.device("cpu"))
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(place / "spiece.model"))
     assert told[..., -1].sum(1).tolist() == [1 + len(pieces.encode(text)) for text in ("a red dog", "a cat")]
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as where it is not installed
+    with pytest.raises(ValueError, match=r"a tokenizer of sentencepiece; pip install 'rectify\[text\]'"):
+        Prompts(str(shutil.copytree(tmp_path / "teacher", tmp_path / "again"))).encode(["a cat"], torch.device("cpu"))
 
 
 def test_files_that_other_programs_wrote_mean_what_they_mean_there(folder, tmp_path):
