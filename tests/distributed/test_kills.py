@@ -129,7 +129,7 @@ def chain(workspace, mode: Mode, undisturbed: Path, seconds: float, out: Path, d
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", MODES)
 def test_killed_at_any_moment_the_same_command_gives_the_same_files(workspace, tmp_path, request, chronicle, name):
-    mode, kills, began = MODES[name], 20 if request.config.getoption("--long") else 3, time.monotonic()
+    mode, kills, began = MODES[name], 20 if request.config.getoption("--long") else 2, time.monotonic()
     undisturbed = tmp_path / "undisturbed" / "run"
     undisturbed.parent.mkdir()
     workspace.rectify(*mode.words(undisturbed), processes=mode.processes)

@@ -105,7 +105,7 @@ def ours(run, prompts):
     return (codec.decode(x) / 2 + 0.5).clamp(0, 1)
 
 
-@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize(("folder", "lora"), [("sd", 2), ("sdxl", 0), ("sd3", 2), ("pixart", 0)], indirect=["folder"])
 def test_a_student_goes_back_to_plain_stable_diffusion(folder, prompts, pairs, tmp_path, monkeypatch, lora):
     peft = pytest.importorskip("peft", reason="needs peft: pip install 'rectify[lora]'") if lora else None
     run = train(monkeypatch, tmp_path, folder, pairs, prompts, "--trainer.max_steps", "3", "--model.denoiser.lora", str(lora))
