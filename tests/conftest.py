@@ -1,6 +1,7 @@
 """Real commands in real processes, in a folder of their own."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,9 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).parent.parent
+
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would what tests start
 
 
 def pytest_addoption(parser):

@@ -1,16 +1,10 @@
 """Averages against closed forms, and the watch."""
 
-import signal
-from contextlib import suppress
-
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.demos.boring_classes import BoringModel
 
 from trainer.callbacks.metrics import by_time
-from trainer.callbacks.preemption import Preemption
 from trainer.posthoc import exponent, products, weights
 
 
@@ -65,21 +59,3 @@ def test_the_loss_by_time_is_one_on_any_number_of_ranks():
     sums = []
     by_time([(times[:2], errors[:2]), (times[2:3], errors[2:3])], 4, lambda mine: sums.append(mine) or mine)
     assert by_time([(times[3:], errors[3:])], 4, lambda mine: mine + sums[0]) == whole
-
-
-class Swallows(Callback):
-    """Takes the keyboard's interrupt away, as Python does where it is raised in a destructor."""
-
-    def on_train_batch_start(self, trainer, *_):
-        if trainer.global_step == 2:
-            with suppress(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-
-
-def test_an_interrupt_that_python_swallows_still_stops_the_run():
-    plain = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    trainer = Trainer(max_steps=10, callbacks=[Preemption(), Swallows()], limit_val_batches=0, **plain)
-    with pytest.raises(SystemExit):
-        trainer.fit(BoringModel())
-    assert trainer.interrupted and trainer.global_step == 3
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -23,31 +23,18 @@ class Preemption(Callback):
     def __init__(self, every: int = 10):
         if every < 1:
             raise ValueError(f"Preemption: every is {every}, it must be at least 1")
-        self.every, self.noted, self.stopped, self.interrupted = every, False, False, False
+        self.every, self.noted, self.stopped = every, False, False
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.noted = True
-
-    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
-        self.interrupted = True
-        signal.default_int_handler(signum, frame)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals over from Lightning, which gives them back when the run ends."""
         for number in SIGNALS:
             signal.signal(number, self._note)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._interrupt)
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Agree whether any rank was signalled; if so, stop (Checkpoints, which comes last, then saves)."""
-        if self.interrupted:  # the interrupt was raised where Python ignores what is raised (a destructor, say)
-            raise KeyboardInterrupt
         if trainer.global_step % self.every == 0 and trainer.strategy.reduce_boolean_decision(self.noted, all=False):
             self.stopped = trainer.should_stop = True
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the keyboard's interrupt back."""
-        if signal.getsignal(signal.SIGINT) == self._interrupt:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
