@@ -1,13 +1,14 @@
-"""A web server of files, and tars to serve."""
+"""A web server of files, tars to serve, and a program that must not be run."""
 
 import io
+import os
 import threading
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from webdataset import TarWriter
 
 from data.shards import encode_array
@@ -71,3 +72,13 @@ def png(value, size=8, kind="PNG"):
     buffer = io.BytesIO()
     Image.new("RGB", (size, size), (value, value, value)).save(buffer, kind)
     return buffer.getvalue()
+
+
+def spied(tmp_path, monkeypatch):
+    """Put a Ghostscript into the path that leaves TMP_PATH/ran behind where it is run."""
+    spy = tmp_path / "bin/gs"
+    spy.parent.mkdir()
+    spy.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    spy.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{spy.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)

@@ -1,14 +1,14 @@
 """Packing: any folder of images, the digits, and what is wrong with some of them."""
 
 import json
-import os
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import Image
 
 from data.digits import digits
 from data.images import Images, pack
+from tests.data.remote import spied
 
 
 def photos(folder, count=120, classes=("cat", "dog"), mode="RGB", size=(50, 40)):
@@ -101,12 +101,7 @@ def test_a_changed_folder_is_another_set(tmp_path):
 
 
 def test_postscript_in_the_guise_of_a_photo_is_never_run(tmp_path, monkeypatch):
-    spy = tmp_path / "bin/gs"
-    spy.parent.mkdir()
-    spy.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
-    spy.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{spy.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    spied(tmp_path, monkeypatch)
     photos(tmp_path / "photos")
     (tmp_path / "photos/cat/evil.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
     pack(tmp_path / "set", tmp_path / "photos", size=16)

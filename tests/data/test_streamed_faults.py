@@ -1,7 +1,6 @@
 """Tars read from front to back that are broken, forged or none: what is skipped, counted and named."""
 
 import io
-import os
 import pickle
 import tarfile
 from dataclasses import replace
@@ -9,12 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin
 from webdataset import TarWriter
 
 from data.shards import encode_array
 from data.streamed import Streamed
-from tests.data.remote import latent, png, tars
+from tests.data.remote import latent, png, spied, tars
 
 
 def first_tar(path, tolerance=0.01, **options):
@@ -132,12 +130,7 @@ class Bomb:
 
 def test_nothing_is_unpickled_and_nothing_runs(tmp_path, monkeypatch):
     """Pickles, object arrays and PostScript in the guise of a JPEG are foreign members, or unreadable ones."""
-    spy = tmp_path / "bin/gs"
-    spy.parent.mkdir()
-    spy.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
-    spy.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{spy.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    spied(tmp_path, monkeypatch)
     bomb = pickle.dumps(Bomb(str(tmp_path / "ran")))
     extra = dict.fromkeys(("pyd", "pickle", "pth", "pkl", "pt", "x.npy"), bomb)
     assert len(first_tar(tars(tmp_path / "one", [9], extra)[0])) == 9

@@ -52,7 +52,7 @@ class Online(Objective):
             raise ValueError("Online: draws is None; a pair's noise is that of its place in the run, which draws tell")
         if draws.batch.scale is not None:
             raise ValueError(
-                f"Online: the data record scales of guidance, its pairs are all at {self.teacher.guidance:g}; mix no two"
+                f"Online: the data record scales of guidance, its pairs are all at {self.teacher.guidance:g}; give data without"
             )
         batch, done = draws.batch, self.before(draws.batch.step)
         if self.before(batch.step + 1) > done and torch.is_grad_enabled():
