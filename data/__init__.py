@@ -1,1 +1,1 @@
-"""What a batch is: noise, shards, images, latents, pairs. Imports nothing of ours."""
+"""Training data: noise, shards, images, latents, pairs. Imports nothing from the other rooms."""

@@ -1,4 +1,4 @@
-"""Batches, the sources of their samples, and the endless sequence of them that one rank works through."""
+"""Batches, the sources of their samples, and the endless sequence of batches of one rank."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -16,52 +16,91 @@ from data.shards import Order
 
 @dataclass
 class Batch:
-    """One rank's slice of a global batch, and where in the run it stands (which keys every random draw)."""
+    """One rank's slice of a global batch, and its position in the run, which keys all random draws.
 
-    x: Tensor  # images in [-1, 1] or latents, (B, C, H, W) float32
-    latent: bool  # x needs no codec
-    condition: Tensor | None = None  # class labels, (B,) int64
-    noise: Tensor | None = None  # the noise that a pair's teacher started from, as x
-    paired: Tensor | None = None  # which samples bring their noise, (B,) bool; None: all, if there is noise
-    scale: Tensor | None = None  # of the guidance that each sample was drawn at, (B,) float32, where pairs record it
+    Attributes:
+        x: images in [-1, 1] or latents, (B, C, H, W) float32.
+        latent: whether x is latents, which need no codec.
+        condition: class labels, (B,) int64.
+        noise: the noise that the teacher of a pair started from, of the shape of x.
+        paired: which samples bring their noise, (B,) bool. None: all do, if there is noise.
+        guidance: guidance scale of each sample, (B,) float32, if pairs record it.
+        seed: seed of the run's draws.
+        step: optimizer step.
+        start: position of the first sample in the global batch.
+        size: samples in the global batch.
+        reader: number of the reader, for a source that is read sequentially.
+        progress: that reader's progress after this batch (see `ReaderAssignment`).
+    """
+
+    x: Tensor
+    latent: bool
+    condition: Tensor | None = None
+    noise: Tensor | None = None
+    paired: Tensor | None = None
+    guidance: Tensor | None = None
     seed: int = 0
-    step: int = 0  # optimizer step
-    start: int = 0  # position of the first sample in the global batch
-    size: int = 0  # samples in the global batch
-    place: tuple[int, ...] | None = None  # of a source that is read from front to back: the lane, and its row after this batch
+    step: int = 0
+    start: int = 0
+    size: int = 0
+    reader: int | None = None
+    progress: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with its tensors on a device."""
         if self.x.device == device:
             return self
-        parts: dict[str, Any] = {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
-        return replace(self, **{name: part.to(device, non_blocking=True) for name, part in parts.items()})
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+        return replace(self, **moved)
 
 
-class Feed(ABC):
-    """An endless sequence of samples, dealt out to lanes: one for each reading process of each rank."""
+class BatchStream(ABC):
+    """An endless sequence of samples, shared by readers.
+
+    There is one reader for each reading process of each rank.
+    """
 
     @abstractmethod
-    def walk(self, seed: int, lane: int, lanes: int, places: Iterator[tuple[int, int]]) -> Iterator[Batch]:
-        """Yield a lane's batches, for each (position in the whole sequence, number of samples)."""
+    def read_batches(
+        self, seed: int, reader: int, readers: int, requests: Iterator[tuple[int, int]]
+    ) -> Iterator[Batch]:
+        """Yield the batches of one reader.
+
+        Args:
+            seed: of the order of samples.
+            reader: number of this reader, in [0, readers).
+            readers: number of readers of all ranks.
+            requests: for each batch its position in the global sequence and its number of samples.
+        """
 
 
-class Source(Feed):
-    """An endless shuffled sequence of samples, in which every place can be read at once."""
+class RandomAccessSource(BatchStream):
+    """An endless shuffled sequence of samples that can be read at any position."""
 
-    def walk(self, seed: int, lane: int, lanes: int, places: Iterator[tuple[int, int]]) -> Iterator[Batch]:
-        return (self.take(seed, position, count) for position, count in places)
+    def read_batches(
+        self, seed: int, reader: int, readers: int, requests: Iterator[tuple[int, int]]
+    ) -> Iterator[Batch]:
+        for position, count in requests:
+            yield self.take(seed, position, count)
 
     @abstractmethod
     def take(self, seed: int, position: int, count: int) -> Batch:
-        """Return `count` samples from a position of the sequence on: a pure function of its arguments."""
+        """Return `count` samples from a position on: a pure function of the arguments."""
 
 
-class Set(Source):
-    """Samples by index, shuffled anew in every epoch. `manifest` is the set's manifest."""
+class IndexedDataset(RandomAccessSource):
+    """Samples by index, shuffled anew in every epoch.
+
+    Attributes:
+        manifest: the manifest of the set.
+        kept: ascending indices of the samples that are read. None: all.
+    """
 
     manifest: dict[str, Any]
-    kept: np.ndarray | None = None  # indices of the samples that are shown, rising; None: all
+    kept: np.ndarray | None = None
     _order: Order | None = None
 
     @abstractmethod
@@ -69,15 +108,16 @@ class Set(Source):
         """Return the samples at these indices, in this order."""
 
     def sample(self) -> Batch:
-        """Return one sample, to tell what they are like."""
+        """Return one sample, which shows the shape and kind of all."""
         return self.read(np.array([0]))
 
     def order(self, seed: int) -> Order:
-        """Return the set's order under a seed."""
+        """Return the order of the samples for a seed."""
         if self._order is None or self._order.seed != seed:
             counts = np.array([shard["count"] for shard in self.manifest["shards"]])
             if self.kept is not None:
-                counts = np.diff(np.searchsorted(self.kept, np.cumsum([0, *counts])))
+                ends = np.cumsum([0, *counts])
+                counts = np.diff(np.searchsorted(self.kept, ends))
             self._order = Order(counts, seed, self.kept)
         return self._order
 
@@ -85,51 +125,82 @@ class Set(Source):
         return self.read(self.order(seed).indices(position, count))
 
 
-class Steps(IterableDataset):
-    """The batches of one rank from a certain step on: position = step x global batch, of which a rank takes its slice.
+class RankBatches(IterableDataset):
+    """The batches of one rank from a step on.
+
+    A global batch begins at position step x batch of the sequence; each rank takes its slice.
 
     Args:
         source: the samples.
-        batch: size of the global batch.
+        batch: samples in the global batch.
         seed: of the order and of all draws.
-        first: step to begin with.
-        rank: this process.
+        first_step: step to begin with.
+        rank: number of this process.
         world: number of processes.
-        parts: micro-batches accumulated in one step.
-        steps: how many there are; none is without end.
+        accumulate: micro-batches accumulated in one step.
+        steps: number of steps. None: endless.
+
+    Raises:
+        ValueError: the global batch cannot be split evenly.
     """
 
     def __init__(
         self,
-        source: Feed,
+        source: BatchStream,
         batch: int,
         seed: int,
-        first: int = 0,
+        first_step: int = 0,
         rank: int = 0,
         world: int = 1,
-        parts: int = 1,
+        accumulate: int = 1,
         steps: int | None = None,
     ):
-        if batch < 1 or batch % (world * parts):
-            raise ValueError(f"data.batch: {batch} is not a positive multiple of {world} processes x {parts} accumulated batches")
-        self.source, self.batch, self.seed, self.first = source, batch, seed, first
-        self.rank, self.world, self.parts, self.steps = rank, world, parts, steps
+        divisor = world * accumulate
+        if batch < 1 or batch % divisor:
+            raise ValueError(
+                f"data.batch is {batch}; it must be a positive multiple of {divisor} "
+                f"({world} processes x {accumulate} accumulated batches)"
+            )
+        self.source = source
+        self.batch = batch
+        self.seed = seed
+        self.first_step = first_step
+        self.rank = rank
+        self.world = world
+        self.accumulate = accumulate
+        self.steps = steps
 
-    def slices(self, micro: int, stride: int) -> Iterator[tuple[int, int]]:
-        """Yield (step, first sample in the global batch) of every `stride`-th micro-batch of this rank."""
-        while self.steps is None or micro < (self.first + self.steps) * self.parts:
-            step, part = divmod(micro, self.parts)
-            yield step, (part * self.world + self.rank) * self.batch // (self.world * self.parts)
+    def micro_batches(self, micro: int, stride: int) -> Iterator[tuple[int, int]]:
+        """Yield (step, position in the global batch) of this rank's micro-batches.
+
+        They are numbered over all steps; `micro` is the first one, then every `stride`-th follows.
+        """
+        divisor = self.world * self.accumulate
+        while self.steps is None or micro < (self.first_step + self.steps) * self.accumulate:
+            step, part = divmod(micro, self.accumulate)
+            slice_number = part * self.world + self.rank
+            yield step, slice_number * self.batch // divisor
             micro += stride
 
     def __iter__(self) -> Iterator[Batch]:
+        # The workers of a rank read its micro-batches in turn.
         worker = get_worker_info()
-        at, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        micro, local = self.first * self.parts + at, self.batch // (self.world * self.parts)
-        lane = micro % stride * self.world + self.rank  # a matter of the step, so that a resumed worker goes on with its own
-        asked, marks = tee(self.slices(micro, stride))
-        places = ((step * self.batch + start, local) for step, start in asked)
-        batches = self.source.walk(self.seed, lane, stride * self.world, places)
-        for batch, (step, start) in zip(batches, marks):
-            batch.seed, batch.step, batch.start, batch.size = self.seed, step, start, self.batch
+        worker_id = worker.id if worker else 0
+        workers = worker.num_workers if worker else 1
+        micro = self.first_step * self.accumulate + worker_id
+
+        # A reader's number depends on the step, so that it goes on with its shards when resumed.
+        reader = micro % workers * self.world + self.rank
+        readers = workers * self.world
+
+        # Request the batches from the source, and complete them with their position in the run.
+        for_source, for_batches = tee(self.micro_batches(micro, workers))
+        count = self.batch // (self.world * self.accumulate)
+        requests = ((step * self.batch + start, count) for step, start in for_source)
+        batches = self.source.read_batches(self.seed, reader, readers, requests)
+        for batch, (step, start) in zip(batches, for_batches):
+            batch.seed = self.seed
+            batch.step = step
+            batch.start = start
+            batch.size = self.batch
             yield batch

@@ -1,19 +1,26 @@
-"""scikit-learn's bundled handwritten digits: 1,797 real 8x8 scans of 43 people (UCI, Alpaydin & Kaynak 1998)."""
+"""scikit-learn's bundled handwritten digits (UCI, Alpaydin & Kaynak 1998).
 
-from collections.abc import Callable
+They are 1,797 scans of 8x8 pixels, written by 43 people.
+"""
+
 from functools import partial
 
 import numpy as np
 from PIL import Image
 
-Item = tuple[str, Callable[[], Image.Image], int | None]
-CLASSES = [str(digit) for digit in range(10)]
+from data.images import LazyImage
+
+DIGIT_CLASSES = [str(digit) for digit in range(10)]
 
 
-def digits() -> list[Item]:
-    """Return (name, opener, class) of every scan, in the package's order; openers give 8x8 grey images."""
+def digits() -> list[LazyImage]:
+    """Return all scans, as grey images of 8x8 pixels, in the order of scikit-learn."""
     from sklearn.datasets import load_digits
 
     scans, labels = load_digits(return_X_y=True)
-    greys = np.rint(scans.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    return [(f"digit-{i:04d}", partial(Image.fromarray, g), int(c)) for i, (g, c) in enumerate(zip(greys, labels))]
+    levels = scans.reshape(-1, 8, 8) * (255 / 16)
+    pixels = np.rint(levels).astype(np.uint8)
+    images = []
+    for i, (image, label) in enumerate(zip(pixels, labels)):
+        images.append(LazyImage(f"digit-{i:04d}", partial(Image.fromarray, image), int(label)))
+    return images

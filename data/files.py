@@ -1,4 +1,7 @@
-"""Files that are whole or not there: written to a temporary name, fsynced, renamed."""
+"""Files that exist completely or not at all: written to a temporary name, fsynced, renamed.
+
+JSON files carry a checksum of themselves, so that damage is noticed.
+"""
 
 import ctypes
 import errno
@@ -16,21 +19,31 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+AT_FDCWD = -100  # arguments of renameat2: paths are relative to the current folder
+RENAME_EXCHANGE = 2  # swap the two paths
+
 
 @contextmanager
-def naming(what: object) -> Iterator[None]:
-    """Turn whatever goes wrong while foreign bytes are made sense of into a ValueError that names them."""
+def errors_named(what: object) -> Iterator[None]:
+    """Turn any error in parsing foreign bytes into a ValueError that names their source.
+
+    An OSError that names its file is left as it is.
+    """
     try:
         yield
-    except Exception as error:  # parsers raise many kinds: SyntaxError, struct.error, RecursionError, those of their library
+    except Exception as error:  # SyntaxError, struct.error, RecursionError, errors of libraries
         if isinstance(error, OSError) and error.filename:
             raise
-        text = f"no entry {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        raise ValueError(text if str(what) in text else f"{what}: {text}") from error
+        text = str(error) or type(error).__name__
+        if isinstance(error, KeyError):
+            text = f"no entry {error}"
+        if str(what) not in text:
+            text = f"{what}: {text}"
+        raise ValueError(text) from error
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -38,22 +51,29 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _temporary(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
+    """Return a temporary name beside a path, with the host and process that make it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.parent / f".{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.parent / f".{path.name}.{process}.tmp"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name; the file written there appears under `path` only when the block ends well."""
-    temporary = _temporary(path)
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary name; the file written there is renamed to `path` when the block succeeds.
+
+    If the block raises, the temporary file is removed and `path` is left as it was.
+    """
+    temporary = _temporary_path(path)
     try:
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
-    except OSError as error:  # a full disk, say: name the file that was being written
-        if error.errno:  # one of our own lines names its file itself
+    except OSError as error:
+        # Name the file of an error of the system, such as a full disk.
+        # An OSError with a message of ours has no errno and names its file itself.
+        if error.errno:
             error.filename = error.filename or str(path)
         raise
     finally:
@@ -61,101 +81,142 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears under `path` only when the block ends well."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears under `path` only when the block succeeds."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
         yield file
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `path` only when the block ends well; what killed ones left is removed."""
-    temporary = _temporary(path)
-    sweep(path.parent)
+    """Yield a temporary folder that replaces `path` only when the block succeeds.
+
+    Leftovers of killed processes beside it are removed first.
+    """
+    temporary = _temporary_path(path)
+    remove_leftovers(path.parent)
     temporary.mkdir()
     try:
         yield temporary
         for part in [*temporary.rglob("*"), temporary]:
             sync(part)
-        _place(temporary, path)
+        _rename_folder(temporary, path)
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _place(temporary: Path, path: Path) -> None:
-    """Give a folder its final name; one that is there changes places with it, so that the name is never without a folder."""
+def _rename_folder(temporary: Path, path: Path) -> None:
+    """Give a folder its final name.
+
+    An existing folder is swapped with it, so that there is a folder under the name at all times.
+    """
     try:
-        return os.rename(temporary, path)
+        os.rename(temporary, path)
+        return
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if ctypes.CDLL(None).renameat2(here, os.fsencode(temporary), here, os.fsencode(path), swap):  # not on every file system
+    source = os.fsencode(temporary)
+    target = os.fsencode(path)
+    failed = ctypes.CDLL(None).renameat2(AT_FDCWD, source, AT_FDCWD, target, RENAME_EXCHANGE)
+    if failed:  # some file systems cannot swap
         remove(path)
         os.rename(temporary, path)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder; a folder goes under a temporary name first, so that it is never half there."""
+    """Delete a file or folder.
+
+    A folder gets a temporary name first, so that no reader finds it half deleted.
+    """
     if path.is_dir():
-        path = path.rename(_temporary(path))
+        path = path.rename(_temporary_path(path))
         shutil.rmtree(path)
     else:
         path.unlink()
 
 
-def sweep(folder: Path, finished: str | None = None) -> None:
-    """Remove what killed processes left: temporary files of dead processes, or of finished work (a pattern of final names)."""
-    done = folder.glob(f".{finished}.*.tmp") if finished else ()
-    for leftover in {*done, *filter(_abandoned, folder.glob(".*.tmp"))}:
-        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, finished: str | None = None) -> None:
+    """Remove temporary files and folders that killed processes left.
+
+    Args:
+        folder: where to look for them.
+        finished: pattern of the names of files that are finished. Their temporary files are
+            removed too, even if the process that made them runs.
+    """
+    leftovers = set()
+    for temporary in folder.glob(".*.tmp"):
+        if _is_abandoned(temporary):
+            leftovers.add(temporary)
+    if finished:
+        leftovers.update(folder.glob(f".{finished}.*.tmp"))
+    for leftover in leftovers:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
-def _abandoned(temporary: Path) -> bool:
-    """Tell whether the process that made a temporary file ran on this machine and is dead."""
-    made = re.fullmatch(rf"\..*\.{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{8}}\.tmp", temporary.name)
-    return made is not None and not Path(f"/proc/{made[1]}").exists()
+def _is_abandoned(temporary: Path) -> bool:
+    """Whether the process that made a temporary file ran on this machine and is dead."""
+    host = re.escape(socket.gethostname())
+    found = re.fullmatch(rf"\..*\.{host}-(\d+)-[0-9a-f]{{8}}\.tmp", temporary.name)
+    return found is not None and not Path(f"/proc/{found[1]}").exists()
 
 
 def canonical(value: Any) -> bytes:
-    """Return the one JSON text of a value: sorted keys, so that equal values are equal bytes."""
+    """Return the JSON text of a value with sorted keys: equal values give equal bytes."""
     return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
 
 
-def sealed(value: dict[str, Any]) -> bytes:
-    """Return the JSON text of an object with a checksum of itself, which `read_json` compares."""
-    return canonical({**value, "seal": _seal(json.loads(canonical(value)))})  # as it will be read: keys are text
+def checksummed_json(value: dict[str, Any]) -> bytes:
+    """Return the JSON text of an object, with a checksum of the object in the entry "seal"."""
+    as_read = json.loads(canonical(value))  # JSON turns keys into text and tuples into lists
+    return canonical({**value, "seal": _checksum_object(as_read)})
 
 
-def _seal(value: dict[str, Any]) -> str:
+def _checksum_object(value: dict[str, Any]) -> str:
     return digest(json.dumps(value, sort_keys=True).encode())
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write an object as sealed JSON, atomically."""
-    with atomic(path) as file:
-        file.write(sealed(value))
+    """Write an object as checksummed JSON, atomically."""
+    with atomic_file(path) as file:
+        file.write(checksummed_json(value))
 
 
-def parse_sealed(data: bytes, name: object) -> dict[str, Any]:
-    """Return the object in sealed JSON; anything else is an error with its name."""
+def parse_checksummed_json(data: bytes, name: object) -> dict[str, Any]:
+    """Return the object in checksummed JSON, without its checksum.
+
+    Args:
+        data: the text.
+        name: of its file, for errors.
+
+    Raises:
+        ValueError: it is no JSON, no object, or its checksum does not match.
+    """
     try:
         value = json.loads(data)
-        whole = isinstance(value, dict) and value.pop("seal", None) == _seal(value)
+        intact = isinstance(value, dict) and value.pop("seal", None) == _checksum_object(value)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not valid JSON ({error})") from None
-    if not whole:
+    if not intact:
         raise ValueError(
-            f"{name}: its seal does not fit: damaged, edited by hand, or written by another version; restore it, or delete it "
-            "and run the command that makes it again"
+            f"{name}: its checksum `seal` does not match its content: it is damaged, edited by "
+            "hand or written by another version; restore it, or delete it and run the command "
+            "that makes it again"
         )
     return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read an object that `write_json` wrote; anything else is an error that names the file."""
-    return parse_sealed(path.read_bytes(), path)
+    """Read an object that `write_json` wrote.
+
+    Raises:
+        ValueError: the file is damaged; the message names it.
+    """
+    return parse_checksummed_json(path.read_bytes(), path)
 
 
 def digest(data: bytes) -> str:
@@ -164,12 +225,12 @@ def digest(data: bytes) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the sha256 of a file: what it is."""
+    """Return the sha256 of a file, which identifies its content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksum(path: Path) -> str:
-    """Return the xxh3 of a file: whether it is undamaged, twenty times as fast."""
+    """Return the xxh3 of a file, which shows damage; it is twenty times as fast as sha256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

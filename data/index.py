@@ -1,63 +1,117 @@
-"""Indexing tars that others made, so that they are read like our own: offsets beside them, and a manifest."""
+"""Indexing webdataset tars of other programs: offsets beside each tar, and a manifest."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data.files import canonical, checksum, digest, write_json
-from data.form import COUNT, conform, shown
-from data.images import FIELDS
+from data.images import IMAGE_FIELDS
 from data.progress import Meter
+from data.schema import COUNT, check_schema, shorten
 from data.shards.manifest import FORMAT, read_record
-from data.shards.write import described, index_tar, write_offsets
+from data.shards.write import describe_shard, index_tar, write_offsets
 
 
 def index(folder: Path) -> None:
-    """Index a folder of webdataset tars in place: offsets and checksum beside each, and a manifest for all.
+    """Index a folder of webdataset tars: write offsets beside each tar, and a manifest.
 
-    Samples with an image are a set of images (all of one size), those with .npy one of latents; .cls are class numbers.
+    Samples with an image make a set of images, which must have one size. Samples with .npy make a
+    set of latents. A .cls file is the number of a class.
 
     Args:
         folder: the tars' folder.
     """
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise FileNotFoundError(f"{folder}: no .tar files there")
+        raise FileNotFoundError(f"{folder}: has no .tar files")
     if (folder / "plan.json").exists():
-        raise ValueError(f"{folder}: is a set of ours already; run the command that makes it to repair it")
-    shards, classes = [], 0
+        raise ValueError(
+            f"{folder}: is a set of this program already; "
+            "run the command that makes it to repair it"
+        )
+
+    # Index each tar.
+    shards = []
     with Meter("index", len(tars), "shards") as meter:
         for tar in tars:
-            record, most = index_one(tar)
-            shards.append({"name": tar.name, **record})
-            classes = max(classes, most + 1)
+            shards.append({"name": tar.name, **index_shard(tar)})
             meter.add(1)
-    held = {field for shard in shards for field in shard["fields"]}
-    kind = "images" if held & set(FIELDS) else "latents" if "npy" in held else None
-    if kind is None:
-        raise ValueError(f"{folder}: samples hold {sorted(held)}, wanted an image ({', '.join(FIELDS)}) or npy")
-    listing = digest(canonical([shard["sha256"] for shard in shards]))
-    named = [str(number) for number in range(classes)] or None
-    plan = {"format": FORMAT, "kind": kind, "listing": listing, "classes": named, "samples": sum(s["count"] for s in shards)}
-    write_json(folder / "manifest.json", {**plan, "shards": shards})
+
+    # Write the manifest.
+    class_count = max(shard["largest_class"] for shard in shards) + 1
+    manifest = {
+        "format": FORMAT,
+        "kind": find_kind(folder, shards),
+        "listing": digest(canonical([shard["sha256"] for shard in shards])),
+        "classes": [str(number) for number in range(class_count)] or None,
+        "samples": sum(shard["count"] for shard in shards),
+        "shards": shards,
+    }
+    write_json(folder / "manifest.json", manifest)
 
 
-def index_one(tar: Path) -> tuple[dict, int]:
-    """Index one tar (again only if it changed); return its record and its largest class number, or -1."""
-    record_path, offsets_path = tar.with_suffix(".json"), tar.with_suffix(".npy")
+def find_kind(folder: Path, shards: list[dict[str, Any]]) -> str:
+    """Return what the samples are: images or latents."""
+    fields: set[str] = set()
+    for shard in shards:
+        fields.update(shard["fields"])
+    if fields & set(IMAGE_FIELDS):
+        return "images"
+    if "npy" in fields:
+        return "latents"
+    raise ValueError(
+        f"{folder}: samples hold {sorted(fields)}; "
+        f"they need an image ({', '.join(IMAGE_FIELDS)}) or npy"
+    )
+
+
+def index_shard(tar: Path) -> dict[str, Any]:
+    """Index one tar unless that was done and the tar did not change; return its record.
+
+    The record's `largest_class` is -1 without classes.
+    """
+    record_path = tar.with_suffix(".json")
+    offsets_path = tar.with_suffix(".npy")
     record = read_record(record_path)
-    if record and offsets_path.exists() and [record["xxh3"], record["offsets"]] == [checksum(tar), checksum(offsets_path)]:
-        conform(record, {"largest_class": range(-1, COUNT.stop)}, str(record_path))
-        return record, record["largest_class"]
+    if record and is_indexed(tar, offsets_path, record):
+        check_schema(record, {"largest_class": range(-1, COUNT.stop)}, str(record_path))
+        return record
+
     fields, offsets = index_tar(tar)
     write_offsets(offsets_path, offsets)
     largest = -1
     if "cls" in fields:
-        data = np.memmap(tar, np.uint8, "r")
-        told = [data[start : start + size].tobytes() for start, size, _ in offsets[:, fields.index("cls")] if start >= 0]
-        if wrong := [text for text in told if not re.fullmatch(rb"[0-9]{1,9}", text)]:
-            raise ValueError(f"{tar}: .cls of a sample is {shown(wrong[0])}, wanted a class number")
-        largest = max(map(int, told))
-    write_json(record_path, record := {**described(tar, fields, offsets), "largest_class": largest})
-    return record, largest
+        largest = find_largest_class(tar, offsets[:, fields.index("cls")])
+    record = {**describe_shard(tar, fields, offsets), "largest_class": largest}
+    write_json(record_path, record)
+    return record
+
+
+def is_indexed(tar: Path, offsets: Path, record: dict[str, Any]) -> bool:
+    """Whether a record belongs to the present content of a tar and its offsets."""
+    if not offsets.exists():
+        return False
+    return record["xxh3"] == checksum(tar) and record["offsets"] == checksum(offsets)
+
+
+def find_largest_class(tar: Path, spans: np.ndarray) -> int:
+    """Return the largest class number of a tar.
+
+    Args:
+        tar: the tar.
+        spans: start, length and xxh3 of each sample's .cls, (samples, 3); -1 where it has none.
+    """
+    data = np.memmap(tar, np.uint8, "r")
+    largest = -1
+    for start, size, _ in spans:
+        if start < 0:
+            continue
+        text = data[start : start + size].tobytes()
+        if not re.fullmatch(rb"[0-9]{1,9}", text):
+            raise ValueError(
+                f"{tar}: .cls of a sample is {shorten(text)}; it must be a class number"
+            )
+        largest = max(largest, int(text))
+    return largest

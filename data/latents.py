@@ -1,4 +1,4 @@
-"""Latents: what a codec made of images, as float16, beside the codec that can decode them (`set/codec`)."""
+"""Latents: images encoded by a codec, in float16. The codec that decodes them is in `set/codec`."""
 
 from typing import Any
 
@@ -6,19 +6,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Set
-from data.images import labels
-from data.shards import ShardReader, encode_array
+from data.batch import Batch, IndexedDataset
+from data.images import read_labels
+from data.shards import ShardReader, array_to_npy
 
 
-def latent_sample(key: str, latent: Tensor, klass: int | None) -> dict[str, Any]:
-    """Return one latent (C, H, W), and its class if it has one, as a shard's sample in float16."""
-    sample = {"__key__": key, "npy": encode_array(latent.cpu().numpy().astype(np.float16))}
-    return sample if klass is None else {**sample, "cls": str(klass).encode()}
+def latent_sample(key: str, latent: Tensor, label: int | None) -> dict[str, Any]:
+    """Return one latent (C, H, W), and its class if it has one, as a sample of a shard.
+
+    The latent is stored in float16.
+    """
+    array = latent.cpu().numpy().astype(np.float16)
+    sample: dict[str, Any] = {"__key__": key, "npy": array_to_npy(array)}
+    if label is not None:
+        sample["cls"] = str(label).encode()
+    return sample
 
 
-class Latents(Set):
-    """Encoded images, float32 of unit variance.
+class Latents(IndexedDataset):
+    """Encoded images, as float32 of unit variance.
 
     Args:
         path: the set, made by `rectify encode`.
@@ -33,5 +39,5 @@ class Latents(Set):
         return self.path
 
     def read(self, indices: np.ndarray) -> Batch:
-        latents = torch.from_numpy(self.reader.arrays("npy", indices)).float()
-        return Batch(latents, latent=True, condition=labels(self.reader, indices))
+        x = torch.from_numpy(self.reader.arrays("npy", indices)).float()
+        return Batch(x, latent=True, condition=read_labels(self.reader, indices))

@@ -1,4 +1,4 @@
-"""Several sources in one sequence, each with its share: real latents among pairs, say."""
+"""Several sources in one sequence, in fixed shares: real latents among pairs, for example."""
 
 from math import gcd
 
@@ -6,56 +6,127 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Set, Source
+from data.batch import Batch, IndexedDataset, RandomAccessSource
 from data.noise import permutation
 
 
-class Mixed(Source):
-    """Interleaves sources in a fixed pattern: every stretch of sum(shares) samples holds each source's share exactly.
+class Mixed(RandomAccessSource):
+    """Interleaves sources in a fixed pattern with exact shares.
+
+    Every period of sum(shares) consecutive samples holds exactly its share of each source.
 
     Args:
-        sources: what is mixed; all encoded alike, all with conditions or none.
-        shares: whole numbers, say [3, 1] for three pairs to one real latent.
+        sources: the sources to mix. All hold images or all hold latents; all have conditions
+            or none has.
+        shares: whole numbers, for example [3, 1] for three pairs to one real latent.
     """
 
-    def __init__(self, sources: list[Source], shares: list[int]):
+    def __init__(self, sources: list[RandomAccessSource], shares: list[int]):
         if len(sources) != len(shares) or not sources or min(shares) < 1:
-            raise ValueError(f"Mixed: {len(sources)} sources and shares {shares}; needs a positive share for each source")
-        told = [source.manifest.get("guidance", 1.0) for source in sources if isinstance(source, Set)]
-        if any(isinstance(scale, list) for scale in told) and any(not isinstance(scale, list) and scale != 1 for scale in told):
-            raise ValueError(f"Mixed: guidance of the sources is {told}: beside recorded scales, others must be at 1")
-        self.sources, self.shares = sources, shares
+            raise ValueError(
+                f"Mixed: {len(sources)} sources with shares {shares}; "
+                "give one positive share for each source"
+            )
+        _check_scales(sources)
+        self.sources = sources
+        self.shares = shares
         period = sum(shares) // gcd(*shares)
-        self.slots = np.repeat(np.arange(len(sources)), [share * period // sum(shares) for share in shares])
+        counts = [share * period // sum(shares) for share in shares]
+        self.slots = np.repeat(np.arange(len(sources)), counts)
 
-    def places(self, seed: int, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return which source each of `count` samples comes from, and its position in that source's own sequence."""
+    def locate(self, seed: int, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the source of each of `count` samples, and its position in that source."""
+        # Shuffle one period; it repeats for ever.
         period = len(self.slots)
         pattern = self.slots[permutation(period, seed, 0, 0)]
-        before = np.stack([np.cumsum(pattern == source) - (pattern == source) for source in range(len(self.sources))])
-        rounds, slot = np.divmod(np.arange(position, position + count), period)
-        which = pattern[slot]
-        return which, rounds * np.bincount(self.slots)[which] + before[which, slot]
+
+        # For each source and slot: the samples of that source in earlier slots of the period.
+        earlier = []
+        for source in range(len(self.sources)):
+            matches = pattern == source
+            earlier.append(np.cumsum(matches) - matches)
+        before = np.stack(earlier)
+
+        periods, slot = np.divmod(np.arange(position, position + count), period)
+        source_of = pattern[slot]
+        return source_of, periods * np.bincount(self.slots)[source_of] + before[source_of, slot]
 
     def take(self, seed: int, position: int, count: int) -> Batch:
-        which, places = self.places(seed, position, count)
-        parts = {}
-        for source in np.unique(which):
-            mine = places[which == source]  # consecutive: a source's sequence is walked without gaps
-            parts[int(source)] = self.sources[source].take(seed, int(mine[0]), len(mine))
-        back = torch.from_numpy(np.argsort(np.argsort(which, kind="stable"), kind="stable"))
-        batches = list(parts.values())
-        if len({batch.latent for batch in batches}) > 1 or len({batch.condition is None for batch in batches}) > 1:
-            raise ValueError("Mixed: some sources are encoded or conditioned and others are not; make them alike")
-        paired = torch.cat([torch.full((len(b.x),), b.noise is not None) for b in batches])[back]
-        noise = _joined([torch.zeros_like(b.x) if b.noise is None else b.noise for b in batches], back)
-        condition = _joined([b.condition for b in batches if b.condition is not None], back)
-        whole = Batch(torch.cat([b.x for b in batches])[back], batches[0].latent, condition)
-        whole.noise, whole.paired = (noise, paired) if paired.any() else (None, None)
-        if any(b.scale is not None for b in batches):  # data, and what was drawn unguided, are at 1
-            whole.scale = torch.cat([torch.ones(len(b.x)) if b.scale is None else b.scale for b in batches])[back]
-        return whole
+        # Read the samples of each source at once: their positions in it are consecutive.
+        source_of, positions = self.locate(seed, position, count)
+        batches = []
+        for source in np.unique(source_of):
+            its_positions = positions[source_of == source]
+            first = int(its_positions[0])
+            batches.append(self.sources[source].take(seed, first, len(its_positions)))
+        _check_alike(batches)
+
+        # Put them back into the order of the sequence.
+        by_source = np.argsort(source_of, kind="stable")
+        back = torch.from_numpy(np.argsort(by_source, kind="stable"))
+        mixed = Batch(torch.cat([b.x for b in batches])[back], batches[0].latent)
+        mixed.condition = _join_conditions(batches, back)
+        mixed.noise, mixed.paired = _join_noise(batches, back)
+        mixed.guidance = _join_scales(batches, back)
+        return mixed
 
 
-def _joined(parts: list[Tensor], back: Tensor) -> Tensor | None:
-    return torch.cat(parts)[back] if parts else None
+def _check_scales(sources: list[RandomAccessSource]) -> None:
+    """Check that a source with one fixed scale is unguided if another one records its scales."""
+    recorded = []
+    fixed = []
+    for source in sources:
+        if isinstance(source, IndexedDataset):
+            scale = source.manifest.get("guidance", 1.0)
+            if isinstance(scale, list):
+                recorded.append(scale)
+            elif scale != 1:
+                fixed.append(scale)
+    if recorded and fixed:
+        raise ValueError(
+            f"Mixed: one source records guidance scales in {recorded[0]}, another one has the "
+            f"fixed guidance {fixed[0]}; beside recorded scales it must be 1"
+        )
+
+
+def _check_alike(batches: list[Batch]) -> None:
+    """Check that all sources hold images or all latents, and all have conditions or none."""
+    first = batches[0]
+    for batch in batches:
+        same_condition = (batch.condition is None) == (first.condition is None)
+        if batch.latent != first.latent or not same_condition:
+            raise ValueError(
+                "Mixed: only some of the sources hold latents, or only some have conditions; "
+                "use sources of the same kind"
+            )
+
+
+def _join_conditions(batches: list[Batch], back: Tensor) -> Tensor | None:
+    conditions = [batch.condition for batch in batches if batch.condition is not None]
+    if not conditions:
+        return None
+    return torch.cat(conditions)[back]
+
+
+def _join_noise(batches: list[Batch], back: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the noise of all samples, zero where they bring none, and which of them bring it."""
+    noise = []
+    paired = []
+    for batch in batches:
+        noise.append(torch.zeros_like(batch.x) if batch.noise is None else batch.noise)
+        paired.append(torch.full((len(batch.x),), batch.noise is not None))
+    which = torch.cat(paired)[back]
+    if not which.any():
+        return None, None
+    return torch.cat(noise)[back], which
+
+
+def _join_scales(batches: list[Batch], back: Tensor) -> Tensor | None:
+    """Return the guidance scales of all samples: 1 for data and unguided samples."""
+    if all(batch.guidance is None for batch in batches):
+        return None
+    scales = []
+    for batch in batches:
+        unguided = torch.ones(len(batch.x))
+        scales.append(unguided if batch.guidance is None else batch.guidance)
+    return torch.cat(scales)[back]

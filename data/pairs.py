@@ -1,4 +1,7 @@
-"""Pairs: (noise index, the sample that a teacher drew from that noise, condition). The noise itself is a function."""
+"""Pairs of noise and the sample that a teacher made from it, with the condition.
+
+The noise of a pair is not stored: it is a function of the set's seed and the pair's index.
+"""
 
 import re
 from collections.abc import Sequence
@@ -9,45 +12,63 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, Set
+from data.batch import Batch, IndexedDataset
 from data.files import digest
-from data.form import COUNT, NUMBER, SHA256, conform
-from data.images import labels
+from data.images import read_labels
 from data.latents import latent_sample
 from data.noise import GENERATOR, noise, noises
-from data.shards import ShardReader, ShardWriter, decode_array, encode_array
+from data.schema import COUNT, NUMBER, SHA256, check_schema, shorten
+from data.shards import ShardReader, ShardWriter, array_to_npy, npy_to_array
 
-INVERTED = "inverted"  # said of noises that a teacher carried real latents to: they are stored, no seed gives them
-FORM = {
+# The entry `noise` of a manifest whose noises were found by inverting real latents. They are
+# stored, since no seed gives them.
+INVERTED = "inverted"
+
+# Entries of a pair set's manifest, in addition to those of any set.
+PAIR_SCHEMA = {
     "count": COUNT,
     "noise": ({"seed": range(2**64), "checksums": {NUMBER: SHA256}}, re.compile(INVERTED)),
     "shape": [range(1, 2**16)],
     "store_noise": bool,
-}  # of what a pair set's manifest says beside that of any set
+}
 
 
-def noise_checksums(seed: int, count: int, shape: Sequence[int]) -> dict[str, str]:
-    """Return sha256 of the bits of a few noises of a set: a reader whose generator differs must not go on."""
-    return {str(i): digest(noise(seed, i, shape).numpy().tobytes()) for i in sorted({0, count // 2, count - 1})}
+def checksum_noises(seed: int, count: int, shape: Sequence[int]) -> dict[str, str]:
+    """Return the sha256 of a few noises of a set, by their index.
+
+    A reader compares them, and so notices a generator with other bits.
+    """
+    checksums = {}
+    for i in sorted({0, count // 2, count - 1}):
+        checksums[str(i)] = digest(noise(seed, i, shape).numpy().tobytes())
+    return checksums
 
 
-def distances(x: Tensor, eps: Tensor) -> list[float]:
-    """Return the root mean square of x - eps of each pair, both (B, C, H, W), to six digits; x as it is stored, in float16."""
-    gaps = (x.half().double() - eps.double()).square().flatten(1).mean(1).sqrt()
-    return [round(gap, 6) for gap in gaps.tolist()]
+def measure_distances(x: Tensor, eps: Tensor) -> list[float]:
+    """Return the root mean square of x - eps for each pair, to six digits.
+
+    Args:
+        x: samples, (B, C, H, W). They are rounded to float16, as they are stored.
+        eps: noises, (B, C, H, W).
+    """
+    squares = (x.half().double() - eps.double()).square()
+    distances = squares.flatten(1).mean(1).sqrt().tolist()
+    return [round(distance, 6) for distance in distances]
 
 
 class PairWriter:
-    """Writes a pair set, shard by shard, by any number of processes (see ShardWriter).
+    """Writes a set of pairs shard by shard, from any number of processes (see ShardWriter).
 
     Args:
-        folder: where the set goes.
-        provenance: plain values: teacher (hash), sampler, steps, guidance, interpolant, prediction, dtype, and so on.
+        folder: where the set is written.
+        provenance: plain values: teacher (hash), sampler, steps, guidance, descriptions of
+            interpolant and prediction, dtype and so on.
         count: pairs in the set.
-        seed: of the noises; None: they are found by inversion, given to `write`, and stored.
+        seed: of the noises. None: they were found by inversion, are given to `write`, and stored.
         shape: of one sample, (C, H, W).
         shard: pairs in one shard.
-        store_noise: keep each noise (float32) beside its sample too, for readers without our generator.
+        store_noise: store each noise (float32) beside its sample, for readers that lack our
+            generator.
     """
 
     def __init__(
@@ -60,15 +81,26 @@ class PairWriter:
         shard: int = 512,
         store_noise: bool = False,
     ):
-        self.seed, self.shape, self.store_noise = seed, tuple(shape), store_noise or seed is None
-        bits: dict[str, Any] | str = INVERTED
+        self.seed = seed
+        self.shape = tuple(shape)
+        self.store_noise = store_noise or seed is None
+        noise_entry: dict[str, Any] | str = INVERTED
         if seed is not None:
-            bits = {"seed": seed, "generator": GENERATOR, "checksums": noise_checksums(seed, count, shape)}
-        plan = {**provenance, "noise": bits, "shape": list(shape), "store_noise": self.store_noise}
+            noise_entry = {
+                "seed": seed,
+                "generator": GENERATOR,
+                "checksums": checksum_noises(seed, count, shape),
+            }
+        plan = {
+            **provenance,
+            "noise": noise_entry,
+            "shape": list(shape),
+            "store_noise": self.store_noise,
+        }
         self.shards = ShardWriter(folder, "pairs", plan, count, shard)
 
     def noise(self, number: int) -> Tensor:
-        """Return the noises of a shard, (n, C, H, W), as the set's seed gives them."""
+        """Return the noises of a shard, (n, C, H, W), from the set's seed."""
         assert self.seed is not None
         return noises(self.seed, self.shards.indices(number), self.shape)
 
@@ -78,116 +110,182 @@ class PairWriter:
         samples: Tensor,
         conditions: Tensor | None,
         noises: Tensor | None = None,
-        scales: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> None:
-        """Write a shard of samples (n, C, H, W), with their conditions (n,), noises, and scales of guidance (n,) if they differ.
+        """Write a shard.
 
-        Noises are by default `noise(number)`.
+        Args:
+            number: of the shard.
+            samples: (n, C, H, W).
+            conditions: class of each sample, (n,), or None.
+            noises: noise of each sample, (n, C, H, W). By default `noise(number)`.
+            guidance: guidance scale of each sample, (n,), if they differ.
+
+        Raises:
+            ValueError: a sample is not finite in float16.
         """
         if not samples.half().isfinite().all():
             raise ValueError(
-                f"{self.shards.folder}: samples of shard {number} are not finite in float16; does the teacher's "
-                "prediction solve at t = 1 (Noise and Score do not where alpha = 0)?"
+                f"{self.shards.folder}: samples of shard {number} are not finite in float16; can "
+                "the teacher's prediction be solved at t = 1 (NoisePrediction and Score cannot "
+                "where alpha = 0)?"
             )
-        classes = [None] * len(samples) if conditions is None else conditions.tolist()
-        keys = [f"{i:09d}" for i in self.shards.indices(number)]
-        rows = [latent_sample(key, x, klass) for key, x, klass in zip(keys, samples, classes, strict=True)]
-        noises = self.noise(number) if noises is None else noises
-        for row, eps in zip(rows, noises) if self.store_noise else ():
-            row["noise.npy"] = encode_array(eps.numpy())
-        for row, scale in zip(rows, scales) if scales is not None else ():
-            row["scale.npy"] = encode_array(scale.numpy())
-        self.shards.write(number, rows, distances=distances(samples, noises))
+        if noises is None:
+            noises = self.noise(number)
+        labels = [None] * len(samples) if conditions is None else conditions.tolist()
+
+        # Make the samples of the shard: latent and class, then the optional fields.
+        entries = []
+        for i, latent, label in zip(self.shards.indices(number), samples, labels, strict=True):
+            entries.append(latent_sample(f"{i:09d}", latent, label))
+        if self.store_noise:
+            for entry, eps in zip(entries, noises):
+                entry["noise.npy"] = array_to_npy(eps.numpy())
+        if guidance is not None:
+            for entry, scale in zip(entries, guidance):
+                entry["scale.npy"] = array_to_npy(scale.numpy())
+        self.shards.write(number, entries, distances=measure_distances(samples, noises))
 
 
 class PairSet:
-    """Random access to a finished pair set: `len`, `[i] -> {"noise", "sample", "condition", "index"}`.
+    """Random access to a finished set of pairs.
+
+    `len(pairs)` is the number of pairs, `pairs[i]` is {"noise", "sample", "condition", "index"}.
 
     Args:
         folder: the set, made by `rectify collect` or `rectify invert`.
+
+    Raises:
+        ValueError: the manifest is damaged, or this machine's generator gives other noises.
     """
 
     def __init__(self, folder: str | Path):
         self.reader = ShardReader(folder, "pairs")
         self.manifest = self.reader.manifest
-        conform(self.manifest, FORM, f"{folder}/manifest.json")
-        bits, self.shape = self.manifest["noise"], tuple(self.manifest["shape"])
-        self.seed = None if bits == INVERTED else bits["seed"]
-        if self.manifest["count"] != len(self.reader):
-            raise ValueError(f"{folder}: {len(self.reader)} pairs of {self.manifest['count']}; collect them again")
-        here = {}
+        check_schema(self.manifest, PAIR_SCHEMA, f"{folder}/manifest.json")
+        noise_entry = self.manifest["noise"]
+        self.seed = None if noise_entry == INVERTED else noise_entry["seed"]
+        self.shape = tuple(self.manifest["shape"])
+
+        count = self.manifest["count"]
+        if count != len(self.reader):
+            raise ValueError(f"{folder}: has {len(self.reader)} pairs of {count}; collect it again")
         if self.seed is not None and not self.manifest["store_noise"]:
-            here = noise_checksums(self.seed, len(self.reader), self.shape)
-        for index, found in here.items():
-            if bits["checksums"].get(index) != found:
-                raise ValueError(f"{folder}: noise {index} has other bits here than where the pairs were collected")
+            checksums = checksum_noises(self.seed, count, self.shape)
+            for index, found in checksums.items():
+                if noise_entry["checksums"].get(index) != found:
+                    raise ValueError(
+                        f"{folder}: noise {index} has other bits on this machine than where the "
+                        "pairs were collected; collect them again, with store_noise"
+                    )
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        row, indices = self.reader[i], np.array([i])
-        sample = torch.from_numpy(decode_array(row["npy"]).astype(np.float32))
-        condition = int(row["cls"].tobytes()) if "cls" in row else None
-        return {"noise": self.noise(indices)[0], "sample": sample, "condition": condition, "index": int(row["__key__"])}
+        fields = self.reader[i]
+        sample = npy_to_array(fields["npy"]).astype(np.float32)
+        condition = int(fields["cls"].tobytes()) if "cls" in fields else None
+        return {
+            "noise": self.noise(np.array([i]))[0],
+            "sample": torch.from_numpy(sample),
+            "condition": condition,
+            "index": int(fields["__key__"]),
+        }
 
     def noise(self, indices: np.ndarray) -> Tensor:
-        """Return the noises that these pairs' samples were drawn from, (B, C, H, W): a pair's place is its noise's index."""
+        """Return the noises of the pairs at these indices, (B, C, H, W)."""
         if self.seed is None or self.manifest["store_noise"]:
             return torch.from_numpy(self.reader.arrays("noise.npy", indices))
         return noises(self.seed, indices, self.shape)
 
     def distances(self) -> np.ndarray:
-        """Return the root mean square of sample - noise of every pair, (n,): as recorded, or measured in sets of old."""
-        return np.concatenate([self._distances(number) for number in range(len(self.reader.ends))])
+        """Return the root mean square of sample - noise of every pair, (n,).
 
-    def _distances(self, number: int) -> list[float]:
-        count, record = self.manifest["shards"][number]["count"], self.reader.record(number)
+        It is read from the shards' records, or measured if they lack it.
+        """
+        shards = range(len(self.reader.ends))
+        return np.concatenate([self._shard_distances(number) for number in shards])
+
+    def _shard_distances(self, number: int) -> list[float]:
+        count = self.manifest["shards"][number]["count"]
+        record = self.reader.record(number)
         if "distances" in record:
-            conform(record, {"distances": [float]}, f"{self.reader.folder}: record {number}")
+            check_schema(record, {"distances": [float]}, f"{self.reader.folder}: record {number}")
             if len(record["distances"]) == count:
                 return record["distances"]
-        indices = np.arange(self.reader.ends[number] - count, self.reader.ends[number])
-        return distances(torch.from_numpy(self.reader.arrays("npy", indices)), self.noise(indices))
+        end = self.reader.ends[number]
+        indices = np.arange(end - count, end)
+        x = torch.from_numpy(self.reader.arrays("npy", indices))
+        return measure_distances(x, self.noise(indices))
 
 
-class Pairs(Set):
-    """Pairs as a source of training batches that bring their own noise.
+class Pairs(IndexedDataset):
+    """Pairs as training data: batches with the noise of each sample.
 
     Args:
         path: the set, made by `rectify collect` or `rectify invert`.
-        guidance: the scale that the set must have been collected at, or the [low, high] of scales that it records; training
-            refuses another.
-        keep: share of the pairs, in (0, 1], that are trained on; those with the largest |sample - noise| are left out, as they
-            bend most. 2511.23342 drops a tenth (FID 3.50 to 3.03).
-        convert: train a student of another interpolant or prediction than the teacher's on them: conversion, to rectified flow
-            from a diffusion teacher, say (2309.06380). Otherwise such a student is refused: keeping the teacher's own form is
-            what 2410.07303 advises.
+        guidance: guidance scale of the set, or [low, high] if it was collected with a scale for
+            each pair. A set with another scale is refused.
+        keep_fraction: fraction of the pairs, in (0, 1], to train on. Pairs with the largest
+            |sample - noise| are left out, because their trajectories are curved most. Leaving out
+            a tenth improved FID from 3.50 to 3.03 (arXiv 2511.23342).
+        allow_conversion: allow a student with another interpolant or prediction than the teacher,
+            for example to convert a diffusion teacher to rectified flow (Liu et al. 2023,
+            arXiv 2309.06380). By default this is refused: Wang et al. 2024 (arXiv 2410.07303)
+            advise to keep those of the teacher.
+
+    Raises:
+        ValueError: keep_fraction is out of range, or the set has another guidance scale.
     """
 
-    def __init__(self, path: str, guidance: float | list[float] = 1.0, keep: float = 0.9, convert: bool = False):
-        if not 0 < keep <= 1:
-            raise ValueError(f"Pairs: keep is {keep}, it must lie in (0, 1]; 1 keeps all pairs")
-        self.path, self.guidance, self.keep, self.convert = path, guidance, keep, convert
+    def __init__(
+        self,
+        path: str,
+        guidance: float | list[float] = 1.0,
+        keep_fraction: float = 0.9,
+        allow_conversion: bool = False,
+    ):
+        if not 0 < keep_fraction <= 1:
+            raise ValueError(
+                f"Pairs: keep_fraction is {keep_fraction}; it must lie in (0, 1], 1 keeps all pairs"
+            )
+        self.path = path
+        self.guidance = guidance
+        self.keep_fraction = keep_fraction
+        self.allow_conversion = allow_conversion
         self.pairs = PairSet(path)
         self.manifest = self.pairs.manifest
-        self.agree("guidance", guidance)
-        if keep < 1:
+        self.check_provenance("guidance", guidance)
+        if keep_fraction < 1:
             nearest = np.argsort(self.pairs.distances(), kind="stable")
-            self.kept = np.sort(nearest[: round(keep * len(nearest))])
+            count = round(keep_fraction * len(nearest))
+            self.kept = np.sort(nearest[:count])
 
     def __len__(self) -> int:
-        return len(self.pairs) if self.kept is None else len(self.kept)
+        if self.kept is None:
+            return len(self.pairs)
+        return len(self.kept)
 
-    def agree(self, key: str, wanted: Any, remedy: str = "") -> None:
-        """Refuse to go on when the set's provenance says otherwise than the configuration."""
-        if (found := self.manifest.get(key)) != wanted:
-            raise ValueError(f"{self.path}: collected with {key} {found}, the configuration says {wanted}{remedy}")
+    def check_provenance(self, key: str, configured: Any) -> None:
+        """Check that the set was collected with the configured value.
+
+        Args:
+            key: entry of the manifest, for example teacher.
+            configured: plain value that it must have.
+        """
+        collected = self.manifest.get(key)
+        if collected != configured:
+            raise ValueError(
+                f"{self.path}: collected with {key} {shorten(collected)}, but the configuration "
+                f"has {shorten(configured)}; change it, or collect the pairs again"
+            )
 
     def read(self, indices: np.ndarray) -> Batch:
-        reader, pairs = self.pairs.reader, self.pairs
+        reader = self.pairs.reader
         x = torch.from_numpy(reader.arrays("npy", indices)).float()
-        batch = Batch(x, latent=True, condition=labels(reader, indices), noise=pairs.noise(indices))
+        condition = read_labels(reader, indices)
+        batch = Batch(x, latent=True, condition=condition, noise=self.pairs.noise(indices))
         if isinstance(self.guidance, list):
-            batch.scale = torch.from_numpy(reader.arrays("scale.npy", indices))
+            batch.guidance = torch.from_numpy(reader.arrays("scale.npy", indices))
         return batch

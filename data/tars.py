@@ -1,23 +1,25 @@
-"""Tars that nobody indexed, read as far as they are whole: what is torn or broken in them is counted."""
+"""Tars without an index, read as far as they are intact; damaged samples are counted."""
 
 import logging
 import math
 import tarfile
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from data.images import FIELDS
-from data.shards.write import split_name
+from data.images import IMAGE_FIELDS
+from data.shards.write import TAR_BLOCK, split_name
 
-LATENT, LABEL = "npy", "cls"
-BLOCK = 512  # bytes
+LATENT_FIELD = "npy"
+LABEL_FIELD = "cls"
 log = logging.getLogger(__name__)
-Spans = dict[str, tuple[int, int]]  # of a sample's fields: start and length
+Spans = dict[str, tuple[int, int]]  # of a sample, by field: start and length in the tar
 
 
 class Tar:
-    """The samples of one tar, mapped into memory. Members of other fields than an image, npy and cls are ignored.
+    """The samples of one tar, mapped into memory.
+
+    Members with other fields than an image, npy and cls are ignored.
 
     Args:
         file: the tar, open.
@@ -25,28 +27,42 @@ class Tar:
         tolerance: fraction of its samples, rounded up, that may be unreadable.
 
     Raises:
-        ValueError: not a tar, or no samples in it, or more than tolerated of it is lost.
+        ValueError: it is no tar, has no samples, or lost more than the tolerance.
     """
 
     def __init__(self, file: BinaryIO, url: str, tolerance: float):
-        self.url, self.tolerance, self.skipped = url, tolerance, 0
+        self.url = url
+        self.tolerance = tolerance
+        self.skipped = 0
         size = file.seek(0, 2)
         if not size:
-            raise ValueError(f"{url}: empty; wanted a tar")
+            raise ValueError(f"{url}: the file is empty; it must be a tar")
         self.data = np.memmap(file, np.uint8, "r")
-        spans, end, seen = members(file, size)
-        self.images = any(field in FIELDS for sample in spans.values() for field in sample)
-        wanted = FIELDS if self.images else (LATENT,)
-        self.samples = [(key, sample) for key, sample in spans.items() if any(field in sample for field in wanted)]
+        contents = scan_tar(file, size)
+
+        # Keep the samples with an image, or with a latent if no sample has an image.
+        self.images = any(field in IMAGE_FIELDS for field in contents.fields)
+        wanted = IMAGE_FIELDS if self.images else (LATENT_FIELD,)
+        self.samples: list[tuple[str, Spans]] = []
+        for key, spans in contents.samples.items():
+            if any(field in spans for field in wanted):
+                self.samples.append((key, spans))
         if not self.samples:
-            raise ValueError(f"{url}: no whole sample of {', '.join((*FIELDS, LATENT))} in a tar; it holds {sorted(seen)[:8]}")
-        rest = self.data[end : end + BLOCK]
-        broken = not len(rest) or bool(rest.any())  # a whole tar ends with zeros
-        if broken and self.samples[-1][1].keys() != self.samples[0][1].keys():
-            self.samples.pop()  # the rest of it is lost
-        self.lost = max(1, (size - end) * len(self.samples) // end) if broken else 0  # as if the rest were like what is whole
+            raise ValueError(
+                f"{url}: no complete sample of {', '.join((*IMAGE_FIELDS, LATENT_FIELD))} "
+                f"in a tar; it holds {sorted(contents.fields)[:8]}"
+            )
+
+        # A complete tar ends with zeros. Otherwise estimate how many samples are lost.
+        self.lost = 0
+        following = self.data[contents.end : contents.end + TAR_BLOCK]
+        if not len(following) or following.any():
+            if self.samples[-1][1].keys() != self.samples[0][1].keys():
+                self.samples.pop()  # some of its fields are lost
+            missing = size - contents.end
+            self.lost = max(1, missing * len(self.samples) // contents.end)
         self.total = len(self.samples) + self.lost
-        self.judge(f"the tar breaks off at byte {end:,} of {size:,}")
+        self.check_tolerance(f"the tar breaks off at byte {contents.end:,} of {size:,}")
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -54,39 +70,65 @@ class Tar:
     def skip(self, key: str, reason: object) -> None:
         """Count an unreadable sample."""
         self.skipped += 1
-        self.judge(f"{key}: {reason}")
+        self.check_tolerance(f"{key}: {reason}")
 
-    def judge(self, reason: str) -> None:
-        """Raise if more is lost than tolerated, or all; `reason` says what was lost last."""
+    def check_tolerance(self, reason: str) -> None:
+        """Check that no more samples are lost than tolerated, and not all.
+
+        Args:
+            reason: why the last sample was lost.
+        """
         bad = self.lost + self.skipped
-        if bad > math.ceil(self.tolerance * self.total) or self.skipped == len(self.samples):
+        tolerated = math.ceil(self.tolerance * self.total)
+        if bad > tolerated or self.skipped == len(self.samples):
             raise ValueError(
-                f"{self.url}: {bad} of its {self.total} samples are unreadable ({reason}), more than a tolerance of "
-                f"{self.tolerance:g} allows; repair or leave out that shard"
+                f"{self.url}: {bad} of its {self.total} samples are unreadable ({reason}), more "
+                f"than a tolerance of {self.tolerance:g} allows; repair or leave out that shard"
             )
 
     def report(self) -> None:
         """Log the counts, at the end of a shard."""
         bad = self.lost + self.skipped
-        log.log(logging.WARNING if bad else logging.DEBUG, "%s: %d samples, %d of them skipped", self.url, self.total, bad)
+        level = logging.WARNING if bad else logging.DEBUG
+        log.log(level, "%s: %d samples, %d of them skipped", self.url, self.total, bad)
 
 
-def members(file: BinaryIO, size: int) -> tuple[dict[str, Spans], int, set[str]]:
-    """Return the fields of each sample in an uncompressed tar of a size, where what is whole ends, and all fields seen."""
+class TarContents(NamedTuple):
+    """What is intact in a tar."""
+
+    samples: dict[str, Spans]  # by key
+    end: int  # byte at which the intact part ends
+    fields: set[str]  # of all samples
+
+
+def scan_tar(file: BinaryIO, size: int) -> TarContents:
+    """Find the samples in the intact part of an uncompressed tar of `size` bytes."""
     samples: dict[str, Spans] = {}
-    end, seen = 0, set()
+    fields: set[str] = set()
+    end = 0
     try:
         file.seek(0)
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            while member := tar.next():
-                after = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                if member.size < 0 or member.offset < end or member.offset_data + member.size > size:
-                    break  # torn, or a forged header that leads back
-                end = after
-                tar.members.clear()  # type: ignore[attr-defined]  # which would grow with the tar
-                if member.isreg() and not member.issparse() and (name := split_name(member.name)):
-                    samples.setdefault(name[0], {})[name[1].lower()] = (member.offset_data, member.size)
-                    seen.add(name[1].lower())
+            member = tar.next()
+            while member:
+                # Stop where a member is torn, or where a forged header leads back.
+                blocks = -(-member.size // TAR_BLOCK)
+                backward = member.size < 0 or member.offset < end
+                if backward or member.offset_data + member.size > size:
+                    break
+                end = member.offset_data + blocks * TAR_BLOCK
+
+                # Forget the members so far: the list would grow with the tar.
+                tar.members.clear()  # type: ignore[attr-defined]
+
+                # Note the field of a sample.
+                plain = member.isreg() and not member.issparse()
+                name = split_name(member.name) if plain else None
+                if name:
+                    key, field = name
+                    samples.setdefault(key, {})[field.lower()] = (member.offset_data, member.size)
+                    fields.add(field.lower())
+                member = tar.next()
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError, OSError):
-        pass  # `end` tells how far it was whole
-    return samples, min(end, size), seen
+        pass  # the tar is damaged from `end` on, which the caller handles
+    return TarContents(samples, min(end, size), fields)

@@ -1,1 +1,1 @@
-"""How it is launched and how it leaves: the command line, pipelines, exports. Imports trainer, models, data."""
+"""The command line, pipelines, reports and exports. This package may import all the others."""

@@ -1,4 +1,4 @@
-"""`python -m deploy` is `rectify`: what torchrun can start (`torchrun --nproc-per-node 2 -m deploy collect ...`)."""
+"""`python -m deploy` is `rectify`, for torchrun: `torchrun --nproc-per-node 2 -m deploy ...`."""
 
 import sys
 

@@ -1,104 +1,255 @@
-"""The `rectify` command. Verbs are imported only when they are called, so that `rectify --help` is instant."""
+"""The `rectify` command.
 
-import argparse
+A verb's module is imported only when the verb is called, so `rectify --help` is instant.
+"""
+
 import importlib
 import inspect
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from deploy.hints import explain, nearest, one_line
 
+# Verb: (module:function, help). A verb has one word or two: `rectify report seeds --runs ...`.
 VERBS = {
-    "pack": ("data.images:pack", "pack a folder of images (or the bundled digits) into webdataset shards"),
-    "index": ("data.index:index", "index webdataset tars that others made, to read them like our own"),
-    "fit": ("deploy.fit:fit", "train an autoencoder, a teacher or a student (LightningCLI: --config, --print_config)"),
-    "encode": ("trainer.encode:encode", "encode packed images into shards of latents"),
-    "collect": ("trainer.collect:collect", "collect (noise, sample) pairs from a teacher"),
-    "invert": ("trainer.invert:invert", "carry real latents to noise through a teacher, as pairs to mix among collected ones"),
-    "sample": ("trainer.sample:sample", "draw a grid of images from a run"),
-    "evaluate": ("trainer.evaluate:evaluate", "measure quality against the number of network evaluations"),
-    "likelihood": ("trainer.likelihood:likelihood", "measure the likelihood of held-out samples, in nats and bits per dimension"),
-    "export": ("deploy.export:export", "write a diffusers folder that plain diffusers loads"),
-    "ema": ("trainer.posthoc:ema", "reconstruct the average of another width from a run's EMA snapshots"),
-    "consolidate": ("trainer.consolidate:consolidate", "write a checkpoint, sharded or not, as one safetensors file"),
-    "delta": ("trainer.delta:delta", "write a student as its difference from its base, or apply one to a fine-tune of it"),
-    "picture": ("trainer.picture:picture", "draw how noise is carried to data, in the plane or on a line, for the eye"),
-    "plane": ("trainer.picture.forms:plane", "measure rectification of every form on a law of the plane, over seeds"),
-    "report": ("trainer.report:report", "write summary.json and a self-contained report.html of a pipeline's folder"),
-    "table": ("trainer.report.spread:table", "tabulate evaluations of models that were trained with several seeds"),
-    "results": ("trainer.report.claims:results", "tabulate what a pipeline found of the field's claims, with costs"),
-    "run": ("deploy.run:run", "run a pipeline of these, skipping what is finished"),
+    "pack": (
+        "data.pack:pack",
+        "pack a folder of images (or the bundled digits) into webdataset shards",
+    ),
+    "index": (
+        "data.index:index",
+        "index existing webdataset tars, so that they can be read in any order",
+    ),
+    "fit": (
+        "deploy.fit:fit",
+        "train an autoencoder, a teacher or a student (LightningCLI: --config, --print_config)",
+    ),
+    "encode": ("trainer.jobs.encode:encode", "encode packed images into shards of latents"),
+    "collect": ("trainer.jobs.collect:collect", "collect (noise, sample) pairs from a teacher"),
+    "invert": (
+        "trainer.jobs.invert:invert",
+        "invert real latents to noise with a teacher, as pairs to mix with collected ones",
+    ),
+    "sample": ("trainer.jobs.sample:sample", "sample a grid of images from a run"),
+    "evaluate": (
+        "trainer.jobs.evaluate:evaluate",
+        "measure sample quality against the number of network evaluations",
+    ),
+    "likelihood": (
+        "trainer.jobs.likelihood:likelihood",
+        "measure the likelihood of held-out samples, in nats and bits per dimension",
+    ),
+    "export": (
+        "deploy.export:export",
+        "write a diffusers pipeline that loads without this project",
+    ),
+    "ema": (
+        "deploy.ema:ema",
+        "reconstruct an average of another width from a run's EMA snapshots",
+    ),
+    "consolidate": (
+        "deploy.consolidate:consolidate",
+        "write a checkpoint, sharded or not, as one safetensors file",
+    ),
+    "delta": (
+        "deploy.delta:delta",
+        "write a student as the difference from its base, or add such a difference to a fine-tune",
+    ),
+    "report": (
+        "deploy.report:report",
+        "write summary.json and a self-contained report.html for a pipeline's folder",
+    ),
+    "report seeds": (
+        "deploy.report.seeds:report_seeds",
+        "tabulate evaluations of models that were trained with several seeds",
+    ),
+    "report claims": (
+        "deploy.report.claims:report_claims",
+        "tabulate a pipeline's results for claims of the field, with costs",
+    ),
+    "toy picture": (
+        "trainer.toy.picture:picture",
+        "plot how noise is carried to data, in the plane or on a line",
+    ),
+    "toy benchmark": (
+        "trainer.toy.benchmark:benchmark",
+        "measure rectification for every interpolant on points of the plane, over seeds",
+    ),
+    "run": ("deploy.run:run", "run a pipeline of these commands; finished stages are skipped"),
 }
+PACKAGES = ("models", "data", "trainer", "deploy")
+BOOLEANS = ("true", "false", "yes", "no")
+FLAG_HELP = "An option of type bool needs no value: `--NAME` means `--NAME true`."
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the first word."""
-    lines = [f"  {verb:11} {text}" for verb, (_, text) in VERBS.items()]
-    top = argparse.ArgumentParser(
-        prog="rectify",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="rectify [-h] VERB ...",
-        description="Trains image generators and turns slow ones into fast ones.\n\n" + "\n".join(lines),
-        epilog="`rectify VERB --help` tells a verb's options. Start with `rectify run configs/digits/pipeline.yaml`.",
-    )
-    top.add_argument("verb", metavar="VERB", choices=VERBS, help=argparse.SUPPRESS)
-    return top
+def help_text(group: str = "") -> str:
+    """Return the list of verbs, or only of those whose first word is `group`."""
+    lines = [f"usage: rectify [-h] {group or 'VERB'} ...", ""]
+    if not group:
+        lines += ["Train image generators, and turn slow ones into fast ones.", ""]
+    for verb, (_, text) in VERBS.items():
+        if not group or verb.split()[0] == group:
+            lines.append(f"  {verb:14} {text}")
+    lines += ["", "`rectify VERB --help` lists a verb's options."]
+    if not group:
+        lines.append("Start with `rectify run configs/digits/pipeline.yaml --smoke`.")
+    return "\n".join(lines)
+
+
+def two_word_verbs(first: str) -> list[str]:
+    """Return the verbs of two words that start with a word."""
+    return [verb for verb in VERBS if verb.startswith(f"{first} ")]
+
+
+def split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Split a command's words into the verb, of one word or two, and its options.
+
+    Raises:
+        ValueError: there is no such verb; the message suggests the nearest one.
+    """
+    # a verb of two words
+    pair = " ".join(words[:2])
+    if pair in VERBS:
+        return pair, list(words[2:])
+
+    # a second word that belongs to no verb, such as `report sedes`
+    first = words[0]
+    second_words = two_word_verbs(first)
+    has_second_word = len(words) > 1 and not words[1].startswith("-")
+    if second_words and (has_second_word or first not in VERBS):
+        wanted = pair if has_second_word else first
+        hint = nearest(wanted, second_words) or f"; it is one of {', '.join(second_words)}"
+        raise ValueError(f"no verb {wanted!r}{hint}")
+
+    # a verb of one word
+    if first in VERBS:
+        return first, list(words[1:])
+    hint = nearest(pair, VERBS) or nearest(first, VERBS) or "; see rectify --help"
+    raise ValueError(f"no verb {first!r}{hint}")
+
+
+def complete_flags(
+    words: Iterable[str], flags: Iterable[str], positional: bool = False
+) -> list[str]:
+    """Return a command's words with `true` inserted after every boolean option that has no value.
+
+    Args:
+        words: the options, e.g. `--smoke --jobs 2`.
+        flags: names of the boolean options, without `--`.
+        positional: the command has an argument without a name, which may follow a bare option.
+    """
+    words = list(words)
+    options = {f"--{name}" for name in flags}
+    completed = []
+    for word, following in zip(words, [*words[1:], "--"]):
+        completed.append(word)
+        is_bare = following.startswith("--") or following == "-h"
+        if positional and following.lower() not in BOOLEANS:
+            is_bare = True
+        if word in options and is_bare:
+            completed.append("true")
+    return completed
 
 
 def call(verb: str, args: Sequence[str]) -> None:
-    """Import a verb and call it with arguments parsed by its own signature."""
+    """Import a verb's function and call it with its arguments, which its signature describes."""
     logging.basicConfig(format="%(name)s: %(message)s")
-    for room in ("models", "data", "trainer", "deploy"):
-        logging.getLogger(room).setLevel(logging.INFO)
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(logging.INFO)
     module, _, name = VERBS[verb][0].partition(":")
     function = getattr(importlib.import_module(module), name)
     if verb == "fit":
-        return function(args)
+        function(args)
+    else:
+        function(**parse_options(verb, function, args))
+
+
+def parse_options(verb: str, function: Callable[..., None], args: Sequence[str]) -> dict[str, Any]:
+    """Parse a verb's options by the signature of its function; print help and exit for --help.
+
+    Raises:
+        ValueError: an option or value is wrong; the message names it and the nearest right name.
+    """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    about = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
-    options = ArgumentParser(prog=f"rectify {verb}", description=about, exit_on_error=False)
-    names = options.add_function_arguments(function, as_positional=verb == "run")
+    # describe the command
+    flags = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.annotation is bool:
+            flags.append(name)
+    more_verbs = two_word_verbs(verb)
+    epilog = []
+    if flags:
+        epilog.append(FLAG_HELP)
+    if more_verbs:
+        others = ", rectify ".join(more_verbs)
+        epilog.append(f"See also: rectify {others}.")
+    options = ArgumentParser(
+        prog=f"rectify {verb}",
+        description=(inspect.getdoc(function) or "").partition("\n\nArgs:")[0],
+        epilog=" ".join(epilog),
+        exit_on_error=False,
+    )
+    positional = verb == "run"
+    names = options.add_function_arguments(function, as_group=False, as_positional=positional)
+
+    # parse the options
     try:
-        values = options.instantiate_classes(options.parse_args(list(args)))
+        parsed = options.parse_args(complete_flags(args, flags, positional))
+        values = options.instantiate_classes(parsed)
     except ArgumentError as error:
         raise ValueError(f"{verb}: {explain(error, names)}") from None
-    function(**values.as_dict())
+    return values.as_dict()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Bad input is one line and exit code 2 (RECTIFY_TRACEBACK=1 shows where it arose), a defect of ours 1."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch: idle OpenMP threads must not starve other ranks
+    """Run one verb and return the exit code.
+
+    Bad input is one line and exit code 2; with RECTIFY_TRACEBACK=1 its traceback is raised instead.
+    A loss that is not finite is exit code 3. A bug of this program is exit code 1.
+    """
+    # Set before torch is imported: idle OpenMP threads must not take the cores of other ranks.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     words = list(sys.argv[1:] if argv is None else argv)
+
+    # help
     if not words:
-        parser().print_help()
+        print(help_text())
         return 2
-    verb = words[0]
-    if not verb.startswith("-") and verb not in VERBS:
-        print(f"rectify: error: no verb {verb!r}{nearest(verb, VERBS) or '; see rectify --help'}", file=sys.stderr)
-        return 2
-    verb = parser().parse_args(words[:1]).verb
+    if words[0] in ("-h", "--help"):
+        print(help_text())
+        return 0
+    is_group = words[0] not in VERBS and len(two_word_verbs(words[0])) > 0
+    if is_group and words[1:2] in (["-h"], ["--help"]):
+        print(help_text(words[0]))
+        return 0
+
+    # the verb
     try:
-        call(verb, words[1:])
+        verb, args = split_verb(words)
+        call(verb, args)
     except (ValueError, OSError) as error:
         if os.environ.get("RECTIFY_TRACEBACK"):
             raise
-        print(f"rectify: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        return fail(one_line(error), 2)
     except MemoryError as error:
-        print(f"rectify: error: not enough memory: {one_line(error)}; lower the batch or the size asked for", file=sys.stderr)
-        return 2
+        return fail(f"not enough memory: {one_line(error)}; lower the batch or the size", 2)
     except FloatingPointError as error:
-        print(f"rectify: error: {one_line(error)}", file=sys.stderr)
-        return 3
+        return fail(one_line(error), 3)
     except KeyboardInterrupt:
-        print("rectify: stopped; the same command goes on from here", file=sys.stderr)
+        print("rectify: stopped; run the same command again to continue", file=sys.stderr)
         return 130
     except Exception:
         traceback.print_exc()
-        print("rectify: error: a defect of rectify; please report it with the lines above and the command", file=sys.stderr)
-        return 1
+        return fail("a bug in rectify; please report the lines above and the command", 1)
     return 0
+
+
+def fail(message: str, code: int) -> int:
+    """Print an error as one line and return the exit code."""
+    print(f"rectify: error: {message}", file=sys.stderr)
+    return code

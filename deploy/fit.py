@@ -1,173 +1,215 @@
-"""`rectify fit`: LightningCLI with short class names, our checkpoints and log, and "to resume, run the same command"."""
+"""`rectify fit`: train with LightningCLI.
+
+Classes have short names in configurations, every run has this project's checkpoints and log, and
+running the same command again resumes from the newest checkpoint.
+"""
 
 import importlib
 import logging
 import os
 import pkgutil
 import re
-import subprocess
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from data.files import atomic, naming
-from data.stream import Stream
+from data.datamodule import DataModule
+from data.files import errors_named
+from deploy.cli import FLAG_HELP, complete_flags
 from deploy.hints import explain, one_line
-from models import teacher
-from trainer.callbacks.checkpoint import Checkpoints, WholeFiles
-from trainer.callbacks.metrics import Metrics
-from trainer.callbacks.preemption import EXIT, Preemption
-from trainer.callbacks.watch import Watch, out_of_memory
-from trainer.callbacks.watchdog import EXIT as LOST_EXIT
-from trainer.callbacks.watchdog import Watchdog
-from trainer.lean import lean
+from models.checkpoint import newest_checkpoint, read_checkpoint
+from trainer.callbacks.checkpoint import Checkpoints
+from trainer.callbacks.keep_config import KeepConfig
+from trainer.callbacks.loss_guard import LossGuard, out_of_memory
+from trainer.callbacks.metrics_log import MetricsLog
+from trainer.callbacks.preemption import PREEMPTED_EXIT_CODE, Preemption
+from trainer.callbacks.stall_watchdog import STALLED_EXIT_CODE, StallWatchdog
+from trainer.engine.checkpoint_io import AtomicCheckpointIO
+from trainer.engine.fast_loop import fast_loop
 from trainer.module import Generator
 
-ROOMS = ("models", "data", "trainer.objectives", "trainer.callbacks")
-MODULES = ("trainer.module", "trainer.autoencoder", "trainer.flow", "trainer.times", "trainer.weights", "trainer.errors")
-LOST = r"(?i)closed by peer|reset by peer|connection refused|broken pipe|NCCL|timed out"  # what collectives say of it
-DEFAULTS = {  # of the Trainer; a configuration may say otherwise
+COMPONENT_PACKAGES = ("models", "data", "trainer.objectives", "trainer.callbacks")
+COMPONENT_MODULES = ("trainer.module", "trainer.autoencoder", "trainer.normalizing_flow")
+PACKAGES = ("models", "data", "trainer", "deploy")
+# Messages of torch.distributed when another rank has ended.
+LOST_RANK = r"(?i)closed by peer|reset by peer|connection refused|broken pipe|NCCL|timed out"
+IGNORED_WARNINGS = (
+    r".*(LightningCLI's args parameter|does not have many workers|treespec|LeafSpec"
+    r"|across ranks is zero|in eval mode).*"
+)
+WANDB_RETRY_SECONDS = (1, 2, 4)
+# Defaults of the Trainer, which a configuration may override.
+TRAINER_DEFAULTS = {
     "max_epochs": -1,
     "use_distributed_sampler": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
-    "check_val_every_n_epoch": None,  # there are no epochs:
-    "val_check_interval": 500,  # batches between looks at data.heldout, if there is one
+    "check_val_every_n_epoch": None,  # the stream of batches has no epochs
+    "val_check_interval": 500,  # batches between validations on data.heldout, if there is one
 }
 
 
 def import_components() -> None:
-    """Import all that a configuration can name: imported classes are known by their short names."""
-    for room in ROOMS:
-        package = importlib.import_module(room)
-        for module in pkgutil.walk_packages(package.__path__, room + "."):
+    """Import every class that a configuration can name; only imported classes have short names."""
+    for package_name in COMPONENT_PACKAGES:
+        package = importlib.import_module(package_name)
+        for module in pkgutil.walk_packages(package.__path__, package_name + "."):
             importlib.import_module(module.name)
-    for name in MODULES:
+    for name in COMPONENT_MODULES:
         importlib.import_module(name)
 
 
-def revision() -> str:
-    """Return the version of this code: the commit it is checked out at, and whether it was changed since, or the package's."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():  # installed from a wheel, perhaps inside somebody's repository
-        return version("rectify")
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git here
-        return version("rectify")
-
-
-class KeepConfig(SaveConfigCallback):
-    """Writes RUN/config.yaml once nothing is left that could refuse the configuration; checkpoints carry it too."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write nothing yet."""
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the configuration, complete with defaults."""
-        if trainer.is_global_zero:
-            with atomic(Path(trainer.default_root_dir) / "config.yaml") as file:
-                file.write(self.parser.dump(self.config, skip_none=False).encode())
-        self.origin = {"config": self.parser.dump(self.config, skip_none=False), "revision": revision()}
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the configuration, the version of the code, and wandb's run, which a resumed run goes on with."""
-        run = str(trainer.logger.version) if isinstance(trainer.logger, WandbLogger) and trainer.logger.version else None
-        checkpoint["origin"] = {**self.origin, "wandb": run}
-
-
-def groups(module: LightningModule, rate: float) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: those that a module states, or all weights in one."""
-    return module.groups(rate) if isinstance(module, Generator) else [{"params": list(module.parameters())}]
+def parameter_groups(module: LightningModule, lr: float) -> list[dict[str, Any]]:
+    """Return the optimizer's parameter groups: those of the module, or one with all weights."""
+    if isinstance(module, Generator):
+        return module.groups(lr)
+    return [{"params": list(module.parameters())}]
 
 
 class Fit(LightningCLI):
     """Parses a configuration and builds trainer, model and data."""
 
-    names: list[str] = []  # of all options, for hints
+    names: list[str] = []  # of all options, to suggest the nearest for a typo
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run folder, and the callbacks that every run has."""
-        parser.add_argument("--out", type=str, required=True, help="Run folder: config, checkpoints, metrics, codec.")
+        parser.add_argument(
+            "--out",
+            type=str,
+            required=True,
+            help="run folder, for the configuration, checkpoints, metrics and codec.",
+        )
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
-        parser.add_lightning_class_args(Metrics, "metrics")
-        parser.add_lightning_class_args(Watch, "watch")
+        parser.add_lightning_class_args(MetricsLog, "metrics")
+        parser.add_lightning_class_args(LossGuard, "loss_guard")
         parser.add_lightning_class_args(Preemption, "preemption")
-        parser.add_lightning_class_args(Watchdog, "watchdog")
+        parser.add_lightning_class_args(StallWatchdog, "watchdog")
         parser.link_arguments("out", "trainer.default_root_dir")
         parser.link_arguments("seed_everything", "data.seed")
         Fit.names = [action.dest for action in parser._actions]
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the options; a boolean one without a value means true."""
+        flags = []
+        for action in parser._actions:
+            if getattr(action, "_typehint", None) in (bool, bool | None):
+                flags.append(action.dest)
+        super().parse_arguments(parser, complete_flags(args, flags))
+
     @staticmethod
-    def configure_optimizers(lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: Any = None) -> Any:
-        """Step the schedule with every optimizer step: the stream has no epochs, Lightning's default interval."""
-        fresh = groups(lightning_module, optimizer.defaults.get("lr", 1.0))
-        for group, now in zip(optimizer.param_groups, fresh, strict=True):
-            group["params"] = now["params"]  # sharding replaces those it was built with
+    def configure_optimizers(
+        lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: Any = None
+    ) -> Any:
+        """Step the learning-rate schedule after every optimizer step.
+
+        Lightning's default is once per epoch, and the stream of batches has no epochs.
+        """
+        # Sharding has replaced the parameters that the optimizer was built with.
+        current = parameter_groups(lightning_module, optimizer.defaults.get("lr", 1.0))
+        for group, current_group in zip(optimizer.param_groups, current, strict=True):
+            group["params"] = current_group["params"]
         if lr_scheduler is None:
             return optimizer
         if isinstance(lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise ValueError("lr_scheduler: ReduceLROnPlateau waits for epochs, of which a stream has none; use one of steps")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": "step"}}
+            raise ValueError(
+                "lr_scheduler: ReduceLROnPlateau needs epochs, which a stream does not have; "
+                "use a schedule over steps"
+            )
+        schedule = {"scheduler": lr_scheduler, "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
-        """Build optimizer and schedule over the model's groups; Lightning's own would put all weights into one."""
-        told = self.config_init.get("optimizer")
-        rate = told.init_args.get("lr", 1.0) if told else 1.0
-        stated = groups(self.model, rate)
-        self.model.parameters = lambda: stated  # what Lightning asks for
+        """Build optimizer and schedule over the model's parameter groups.
+
+        Lightning builds them over `model.parameters()`, which would be one group of all weights.
+        """
+        optimizer = self.config_init.get("optimizer")
+        lr = optimizer.init_args.get("lr", 1.0) if optimizer else 1.0
+        groups = parameter_groups(self.model, lr)
+        self.model.parameters = lambda: groups
         super()._add_configure_optimizers_method_to_model(subcommand)
         del self.model.parameters
 
     def before_instantiate_classes(self) -> None:
-        """Stop early where nothing is left to do; log to wandb, offline, unless told otherwise."""
-        config, run = self.config, Path(self.config.out)
-        if config.trainer.max_steps < 1:
+        """Exit if the run is finished; log to wandb, offline, if no logger is configured."""
+        config = self.config
+        run = Path(config.out)
+        max_steps = config.trainer.max_steps
+        if max_steps < 1:
             raise ValueError(
-                f"trainer.max_steps: {config.trainer.max_steps}; say how many steps to train (the stream is endless)"
+                f"trainer.max_steps is {max_steps}; set the number of optimizer steps to train "
+                "(the stream of batches is endless)"
             )
-        self.newest = teacher.newest(run) if any((run / "checkpoints").glob("step=*.ckpt")) else None
-        before = teacher.read(self.newest, tensors=False) if self.newest else {}
-        if self.newest and before["global_step"] >= config.trainer.max_steps:
+
+        # the newest checkpoint
+        self.newest = None
+        saved: dict[str, Any] = {}
+        if any((run / "checkpoints").glob("step=*.ckpt")):
+            self.newest = newest_checkpoint(run)
+            saved = read_checkpoint(self.newest, tensors=False)
+        if self.newest and saved["global_step"] >= max_steps:
             print(f"fit: {run} is finished ({self.newest.name})", file=sys.stderr)
             raise SystemExit(0)
+
+        # the logger
         if config.trainer.logger is None:
             os.environ.setdefault("WANDB_SILENT", "true")
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-            options = {"offline": True, "project": "rectify", "name": run.name, "save_dir": str(run)}
-            if earlier := before.get("origin", {}).get("wandb"):
+            options = {
+                "offline": True,
+                "project": "rectify",
+                "name": run.name,
+                "save_dir": str(run),
+            }
+            earlier = saved.get("origin", {}).get("wandb")
+            if earlier:
                 options |= {"id": earlier, "resume": "allow"}
-            config.trainer.logger = Namespace(class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(**options))
+            config.trainer.logger = Namespace(
+                class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(**options)
+            )
+
+
+def check_yaml(args: Sequence[str]) -> None:
+    """Check that the YAML files among a command's words can be parsed.
+
+    Raises:
+        ValueError: one cannot. jsonargparse would overflow its stack on endless nesting.
+    """
+    for word in args:
+        path = Path(word.removeprefix("--config="))
+        if word.endswith((".yaml", ".yml")) and path.is_file():
+            with errors_named(path):
+                yaml.safe_load(path.read_text())
 
 
 def build(args: Sequence[str]) -> Fit:
-    """Build trainer, model and data; what a configuration cannot mean is a ValueError."""
-    for path in (Path(word.removeprefix("--config=")) for word in args if word.endswith((".yaml", ".yml"))):
-        with naming(path):  # the parser would overflow its stack on endless nesting
-            yaml.safe_load(path.read_text()) if path.is_file() else None
+    """Build trainer, model and data.
+
+    Raises:
+        ValueError: the configuration is wrong; the message names the key.
+    """
+    check_yaml(args)
     try:
         cli = Fit(
-            datamodule_class=Stream,
+            datamodule_class=DataModule,
             save_config_callback=KeepConfig,
-            trainer_defaults=DEFAULTS,
+            trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False, "prog": "rectify fit"},
+            parser_kwargs={"exit_on_error": False, "prog": "rectify fit", "epilog": FLAG_HELP},
             run=False,
             args=list(args),
         )
@@ -175,74 +217,108 @@ def build(args: Sequence[str]) -> Fit:
         raise ValueError(f"fit: trainer: {one_line(error)}") from error
     except OSError:
         raise
-    except Exception as error:  # constructors, torch's too, raise many kinds on values that they cannot take
+    except Exception as error:  # constructors, torch's too, raise many kinds for wrong values
         raise ValueError(f"fit: {explain(error, Fit.names)}") from error
-    cli.trainer.strategy.checkpoint_io = WholeFiles()
-    join_log(cli.trainer.logger)
+    cli.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    start_logger(cli.trainer.logger)
     return cli
 
 
-def join_log(logger: Any) -> None:
-    """Begin wandb's run: its service may hold a killed process's run for a moment, or one that it was slow to begin itself."""
-    for wait in (1, 2, 4, 0) if isinstance(logger, WandbLogger) else ():
-        if not wait:
-            logger._wandb_init["id"] = None  # a new one, under the same name
+def start_logger(logger: Any) -> None:
+    """Start the wandb run, if the logger is wandb's.
+
+    The service of a killed process may hold that process's run for a moment. So a run that is in
+    use is tried again, and at last a new run is started under the same name.
+    """
+    if not isinstance(logger, WandbLogger):
+        return
+    for seconds in WANDB_RETRY_SECONDS:
         try:
-            logger.experiment  # noqa: B018 (this begins it)
+            logger.experiment  # noqa: B018 (this starts the run)
             return
-        except Exception as error:  # wandb's own kinds, which it moves about
-            if not wait or "is in use" not in str(error):
-                raise OSError(
-                    f"trainer.logger: wandb does not begin ({one_line(error)}); or give --trainer.logger false"
-                ) from error
-            time.sleep(wait)
+        except Exception as error:  # wandb's own kinds, which differ between its versions
+            if "is in use" not in str(error):
+                raise logger_error(error) from error
+            time.sleep(seconds)
+    logger._wandb_init["id"] = None
+    try:
+        logger.experiment  # noqa: B018
+    except Exception as error:
+        raise logger_error(error) from error
+
+
+def logger_error(error: Exception) -> OSError:
+    """Return the error to raise if wandb does not start."""
+    return OSError(
+        f"trainer.logger: wandb does not start ({one_line(error)}); fix it, "
+        "or train without it: --trainer.logger false"
+    )
 
 
 def begin(cli: Fit) -> None:
-    """Train; what cannot even begin is the configuration's or the checkpoint's fault, and named."""
+    """Train from the newest checkpoint, or from the start.
+
+    Raises:
+        ValueError: training cannot start because of the configuration or the checkpoint, or
+            memory ran out; the message names the cause.
+        SystemExit: another rank ended.
+    """
     callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
     try:
-        with lean(cli.trainer):
+        with fast_loop(cli.trainer):
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.newest, weights_only=True)
     except SystemExit:
-        if cli.trainer.interrupted:  # Lightning ends with its own code
+        if cli.trainer.interrupted:  # Lightning turns an interrupt into an exit
             raise KeyboardInterrupt from None
         raise
     except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        if said := out_of_memory(error, cli.trainer):
-            raise ValueError(said) from error
-        if cli.trainer.world_size > 1 and re.search(LOST, str(error)):
-            print(f"rectify: error: another rank ended ({one_line(error)[:200]}); run the same command again", file=sys.stderr)
-            raise SystemExit(LOST_EXIT) from error
-        begun = any(isinstance(callback, Checkpoints) and callback.saved >= 0 for callback in callbacks)
-        if begun or (isinstance(error, ValueError) and ours(error)):
+        memory_advice = out_of_memory(error, cli.trainer)
+        if memory_advice:
+            raise ValueError(memory_advice) from error
+        if cli.trainer.world_size > 1 and re.search(LOST_RANK, str(error)):
+            cause = one_line(error)[:200]
+            message = f"another rank ended ({cause}); run the same command again"
+            print(f"rectify: error: {message}", file=sys.stderr)
+            raise SystemExit(STALLED_EXIT_CODE) from error
+
+        # An error after the first saved step, or one with a message of this project, is complete.
+        has_started = False
+        for callback in callbacks:
+            if isinstance(callback, Checkpoints) and callback.saved >= 0:
+                has_started = True
+        if has_started or (isinstance(error, ValueError) and raised_in_project(error)):
             raise
-        what = f"{cli.newest}: cannot go on from it" if cli.newest else "fit: cannot begin"
+        what = f"{cli.newest}: cannot resume from it" if cli.newest else "fit: cannot start"
         raise ValueError(f"{what} ({type(error).__name__}: {one_line(error)})") from error
 
 
-def ours(error: BaseException) -> bool:
-    """Tell whether an error was raised by our own code, which says what it is about."""
+def raised_in_project(error: BaseException) -> bool:
+    """Whether an error was raised by this project's code, so that its message names the cause."""
     last = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         last = frame
-    return last is not None and last.f_globals.get("__name__", "").split(".")[0] in ("models", "data", "trainer", "deploy")
+    if last is None:
+        return False
+    return last.f_globals.get("__name__", "").split(".")[0] in PACKAGES
 
 
 def fit(args: Sequence[str]) -> None:
-    """Train what a configuration says, from its newest checkpoint on if there is one."""
+    """Train a configuration, from its newest checkpoint if there is one."""
     import_components()
-    warnings.filterwarnings(
-        "ignore",
-        r".*(LightningCLI's args parameter|does not have many workers|treespec|LeafSpec|across ranks is zero|in eval mode).*",
-    )
-    for chatty in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", IGNORED_WARNINGS)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+    # train
     cli = build(args)
     begin(cli)
+
+    # end
     if "wandb" in sys.modules:
-        sys.modules["wandb"].finish()  # its own process would write on for a while
+        sys.modules["wandb"].finish()  # otherwise its process writes for a while longer
     callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, Preemption) and callback.stopped for callback in callbacks):
-        print(f"fit: stopped by a signal at step {cli.trainer.global_step}, saved; run the same command again", file=sys.stderr)
-        raise SystemExit(EXIT)
+        step = cli.trainer.global_step
+        message = f"fit: stopped by a signal at step {step}, saved; run the same command again"
+        print(message, file=sys.stderr)
+        raise SystemExit(PREEMPTED_EXIT_CODE)

@@ -1,4 +1,4 @@
-"""One line out of a parser's many: the key, what is wrong with it, and the nearest right name."""
+"""Turns a parser's long message into one line: the key, the problem, the nearest right name."""
 
 import difflib
 import inspect
@@ -6,60 +6,97 @@ import re
 import sys
 from collections.abc import Iterable
 
-LONGEST = 1000  # characters of one line
-OURS = ("models", "data", "trainer")
+MAX_LINE_LENGTH = 1000  # characters
+COMPONENT_PACKAGES = ("models", "data", "trainer")
+MIN_SIMILARITY = 0.6  # of a name that is suggested, from 0 to 1
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean `this`?" for the known name nearest to a word, or nothing if none is near."""
-    close = difflib.get_close_matches(word, list(known), 1, 0.6)
-    return f"; did you mean `{close[0]}`?" if close else ""
+def nearest(word: str, names: Iterable[str]) -> str:
+    """Return "; did you mean `NAME`?" for the name most similar to a word, or "" if none is."""
+    similar = difflib.get_close_matches(word, list(names), 1, MIN_SIMILARITY)
+    return f"; did you mean `{similar[0]}`?" if similar else ""
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message on one line; of what a reading process raised, its own message without the trace."""
+    """Return an error's message on one line.
+
+    Of an error from a worker process, which contains a traceback, only the last line is kept.
+    """
     text = str(error).strip()
+    if isinstance(error, OSError) and error.filename and error.strerror and not error.filename2:
+        text = f"{error.filename}: {error.strerror}"
     if "Original Traceback" in text:
         text = text.splitlines()[-1].partition(": ")[2]
     text = re.sub(r"\s*\n\s*", " ", text)
-    return text if len(text) < LONGEST else f"{text[:LONGEST]}..."
+    return text if len(text) < MAX_LINE_LENGTH else f"{text[:MAX_LINE_LENGTH]}..."
 
 
-def classes() -> list[str]:
-    """Return the short class names that a configuration can use: ours, and torch's optimizers and schedules."""
-    modules = [m for name, m in sys.modules.items() if name.split(".")[0] in OURS or name.startswith("torch.optim")]
-    return sorted({name for module in modules for name, thing in vars(module).items() if inspect.isclass(thing)})
+def component_names() -> list[str]:
+    """Return the class names that a configuration can use: this project's and torch.optim's."""
+    names = set()
+    for module_name, module in sys.modules.items():
+        is_component = module_name.split(".")[0] in COMPONENT_PACKAGES
+        if is_component or module_name.startswith("torch.optim"):
+            names |= {name for name, value in vars(module).items() if inspect.isclass(value)}
+    return sorted(names)
 
 
 def explain(error: BaseException, options: Iterable[str]) -> str:
-    """Return what jsonargparse means: it reports a typo as the failure of every type that it tried.
+    """Return the cause of a jsonargparse error as one line.
+
+    jsonargparse tries every type that an option may have, and reports a typo as the failure of
+    them all. The cause is found in its text.
 
     Args:
-        error: its error.
-        options: the parser's option names, dotted.
+        error: an error of jsonargparse.
+        options: the parser's option names, with dots.
     """
-    text, options = one_line(error), list(options)
-    path = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
-    where = f"{path}: " if path else ""
-    if found := re.search(r"unrecognized arguments: (.*)", text):
-        word = next((part for part in found[1].split() if part.startswith("-")), found[1]).partition("=")[0].lstrip("-")
-        return f"no option `{word}`{nearest(word, options)}"
-    if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text):
-        word = f"{found[1]}.{found[2]}"
-        return f"no option `{word}`{nearest(word, options)}"
-    if found := re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
-        module, _, name = found[1].rpartition(".")
-        known = inspect.signature(getattr(sys.modules[module], name)).parameters
-        return f"{where}{name} has no `{found[2]}`{nearest(found[2], known) or '; it takes ' + ', '.join(known)}"
-    if found := re.search(r"Option '([\w.]+)' is not accepted", text):
-        word = found[1]
-        tops = {option.partition(".")[0] for option in options}
-        top, _, rest = word.partition(".")
-        return f"no option `{word}`{nearest(word, options) or nearest(top, tops)}"
-    if found := re.search(r"Expected a dot import path string: ([\w.]+)", text):
-        return f"{where}no class `{found[1]}`{nearest(found[1], classes())}"
-    if raised := re.search(r"Errors: - (?!Does not validate|Problem with|Expected|Parser key)(.*?) - Expected a", text):
-        return f"{where}{raised[1]}"
-    if causes := re.findall(r"class_path '([\w.]+)': (?!Parser key|Option)(.*?)(?: - Expected a| Given value|$)", text):
-        return f"{where}{causes[-1][0].rpartition('.')[2]}: {causes[-1][1]}"
+    text = one_line(error)
+    options = list(options)
+    key = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
+    prefix = f"{key}: " if key else ""
+
+    # an option that does not exist
+    found = re.search(r"unrecognized arguments: (.*)", text)
+    if found:
+        words = found[1].split()
+        dashed = [word for word in words if word.startswith("-")]
+        name = (dashed or words)[0].partition("=")[0].lstrip("-")
+        return f"no option `{name}`{nearest(name, options)}"
+    found = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", text)
+    if found:
+        name = f"{found[1]}.{found[2]}"
+        return f"no option `{name}`{nearest(name, options)}"
+
+    # an argument that a class does not have
+    found = re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text)
+    if found:
+        module, _, class_name = found[1].rpartition(".")
+        parameters = inspect.signature(getattr(sys.modules[module], class_name)).parameters
+        hint = nearest(found[2], parameters) or f"; it takes {', '.join(parameters)}"
+        return f"{prefix}{class_name} has no `{found[2]}`{hint}"
+    found = re.search(r"Option '([\w.]+)' is not accepted", text)
+    if found:
+        name = found[1]
+        groups = {option.partition(".")[0] for option in options}
+        hint = nearest(name, options) or nearest(name.partition(".")[0], groups)
+        return f"no option `{name}`{hint}"
+
+    # a class that does not exist
+    found = re.search(r"Expected a dot import path string: ([\w.]+)", text)
+    if found:
+        return f"{prefix}no class `{found[1]}`{nearest(found[1], component_names())}"
+
+    # a constructor that refused its arguments
+    found = re.search(
+        r"Errors: - (?!Does not validate|Problem with|Expected|Parser key)(.*?) - Expected a", text
+    )
+    if found:
+        return f"{prefix}{found[1]}"
+    causes = re.findall(
+        r"class_path '([\w.]+)': (?!Parser key|Option)(.*?)(?: - Expected a| Given value|$)", text
+    )
+    if causes:
+        class_path, cause = causes[-1]
+        return f"{prefix}{class_path.rpartition('.')[2]}: {cause}"
     return text.partition(" Given value type: <class 'dict'>")[0]

@@ -1,14 +1,16 @@
-"""`rectify run`: a pipeline is a list of `rectify` commands; each is run once, and the same command resumes.
+"""`rectify run`: a pipeline is a list of `rectify` commands. Each is run once; a restart continues.
 
-A stage is a `name`, one verb with its options, and, if need be, `quick` options of `--quick true` and `for`, loops over values:
+A stage has a `name`, one verb with its options, and optionally `smoke`, options that replace the
+verb's under `--smoke`, and `for`, loops over values:
 
-    name: fit-{form}-{seed}
-    for: {seed: [0, 1, 2], form: {flow: {}, vp: {model.denoiser.interpolant: VariancePreserving}}}
-    fit: {config: model.yaml, out: "{out}/{form}/{seed}", seed_everything: "{seed}"}
+    name: fit-{model}-{seed}
+    for: {seed: [0, 1, 2], model: {flow: {}, vp: {model.denoiser.interpolant: VariancePreserving}}}
+    fit: {config: model.yaml, out: "{out}/{model}/{seed}", seed_everything: "{seed}"}
+    smoke: {trainer.max_steps: 4}
 
-is six stages, fit-flow-0 first, fit-vp-0 next: {seed} and {form} stand for the values, and a mapping's values bring options of
-their own. With `--quick true` every loop takes its first value alone. A loop's stages must not need each other: with `--jobs 2`
-two of them run at once.
+is six stages: fit-flow-0 first, then fit-vp-0. {seed} and {model} are replaced by the values, and
+the values of a mapping add options. With `--smoke` every loop takes only its first value. The
+stages of one loop must not depend on each other, because `--jobs 2` runs two of them at once.
 """
 
 import ctypes
@@ -19,180 +21,267 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from data.files import canonical, digest, naming, read_json, write_json
-from data.form import COUNT, NAME, PATH, conform, shown
+from data.files import canonical, digest, errors_named, read_json, write_json
+from data.schema import COUNT, NAME, PATH, check_schema, shorten
 from deploy.cli import VERBS
 
-APART = ("name", "for", "quick")  # entries of a stage that are not its verb
-LOOPS = {NAME: ([(NAME, COUNT)], {NAME: (None, dict)})}
+NON_VERB_KEYS = ("name", "for", "smoke")  # keys of a stage beside its verb
+LOOPS_SCHEMA = {NAME: ([(NAME, COUNT)], {NAME: (None, dict)})}
+FAILED_LOG_LINES = 5  # of a failed stage's log that are printed
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
-def filled(part: Any, values: dict[str, Any]) -> Any:
-    """Return a part of a stage with every {name} in its text replaced by the value."""
+class StageJob(NamedTuple):
+    """A stage that is ready to run."""
+
+    words: list[str]  # of its command
+    fingerprint: str  # of its command and of everything before it
+    record: Path  # JSON file that is written when it is finished
+    title: str  # for messages, e.g. "[3/9] teacher"
+
+
+def substitute(part: Any, values: dict[str, Any]) -> Any:
+    """Return a part of a stage with every {name} in its texts replaced by the value."""
     if isinstance(part, dict):
-        return {key: filled(value, values) for key, value in part.items()}
+        return {key: substitute(value, values) for key, value in part.items()}
     if isinstance(part, list):
-        return [filled(value, values) for value in part]
-    for name, value in values.items() if isinstance(part, str) else ():
-        part = part.replace(f"{{{name}}}", str(value))
+        return [substitute(value, values) for value in part]
+    if isinstance(part, str):
+        for name, value in values.items():
+            part = part.replace(f"{{{name}}}", str(value))
     return part
 
 
-def unrolled(stage: dict[str, Any], quick: bool = False) -> list[dict[str, Any]]:
-    """Return a stage once for every combination of its loops' values, of the first ones if quick; the last loop turns fastest."""
-    loops, stages = stage.get("for") or {}, []
-    verb = next(key for key in stage if key not in APART)
-    for values in product(*(list(of)[: 1 if quick else None] for of in loops.values())):
+def stage_verb(stage: dict[str, Any]) -> str:
+    """Return a stage's verb."""
+    return next(key for key in stage if key not in NON_VERB_KEYS)
+
+
+def unroll(stage: dict[str, Any], smoke: bool = False) -> list[dict[str, Any]]:
+    """Return a stage once for every combination of its loops' values; the last loop varies fastest.
+
+    Args:
+        stage: a stage of a pipeline.
+        smoke: take only the first value of every loop.
+    """
+    loops = stage.get("for") or {}
+    verb = stage_verb(stage)
+    fixed = {**stage}
+    fixed.pop("for", None)
+    choices = []
+    for values in loops.values():
+        choices.append(list(values)[:1] if smoke else list(values))
+
+    stages = []
+    for combination in product(*choices):
         options = dict(stage[verb])
-        for of, value in zip(loops.values(), values):
-            options |= (of[value] or {}) if isinstance(of, dict) else {}
-        own = {**{key: part for key, part in stage.items() if key != "for"}, verb: options}
-        stages.append(filled(own, dict(zip(loops, values))))
+        for values, value in zip(loops.values(), combination):
+            if isinstance(values, dict):
+                options |= values[value] or {}
+        names = dict(zip(loops, combination))
+        stages.append(substitute({**fixed, verb: options}, names))
     return stages
 
 
-def command(stage: dict[str, Any], out: Path, quick: bool) -> list[str]:
-    """Return a stage's words: its verb, and an option for every entry, with {out} filled in."""
-    verb, options = next(item for item in stage.items() if item[0] not in APART)
-    words = [verb]
-    for key, value in {**options, **(stage.get("quick") or {} if quick else {})}.items():
+def command(stage: dict[str, Any], out: Path, smoke: bool) -> list[str]:
+    """Return the words of a stage's command: its verb and its options, with {out} replaced."""
+    verb = stage_verb(stage)
+    options = dict(stage[verb])
+    if smoke:
+        options |= stage.get("smoke") or {}
+    words = verb.split()
+    for key, value in options.items():
         words += [f"--{key}", str(value).replace("{out}", str(out))]
     return words
 
 
 def fingerprint(words: list[str], before: str) -> str:
-    """Return a checksum of a command, of the YAML that it reads, and of everything before it."""
+    """Return a checksum of a command, of the YAML files that it reads, and of what came before."""
     files = []
-    for path in (Path(word) for word in words if word.endswith(".yaml") and Path(word).is_file()):
-        with naming(path):
-            files.append(json.loads(canonical(yaml.safe_load(path.read_text()))))
+    for word in words:
+        path = Path(word)
+        if word.endswith(".yaml") and path.is_file():
+            with errors_named(path):
+                files.append(json.loads(canonical(yaml.safe_load(path.read_text()))))
     return digest(canonical([words, files, before]))
 
 
-def load(config: Path, quick: bool = False) -> dict[str, Any]:
-    """Read and check a pipeline; its `loops` are the stages of each loop, its `stages` all of them."""
-    with naming(config):
+def load(config: Path, smoke: bool = False) -> dict[str, Any]:
+    """Read and check a pipeline.
+
+    Returns:
+        its `out`; `stages`, all stages with their loops unrolled; `loops`, the same in one list
+        for each stage of the YAML.
+    """
+    with errors_named(config):
         pipeline = yaml.safe_load(config.read_text())
-    conform(pipeline, {"out": PATH, "stages": [dict]}, f"{config}: a pipeline needs `out` and `stages`")
+
+    # check
+    schema = {"out": PATH, "stages": [dict]}
+    check_schema(pipeline, schema, f"{config}: a pipeline needs `out` and `stages`")
     for stage in pipeline["stages"]:
-        verbs = [key for key in stage if key not in APART]
+        verbs = [key for key in stage if key not in NON_VERB_KEYS]
         if len(verbs) != 1 or verbs[0] not in VERBS or not isinstance(stage[verbs[0]], dict):
-            raise ValueError(f"{config}: stage {shown(stage)} needs a `name` and one verb of {', '.join(VERBS)} with its options")
-        conform(stage, {"name": NAME}, f"{config}: stage {shown(stage)}")
-        conform(stage.get("quick"), (None, dict), f"{config}: stage {stage['name']}: quick")
-        conform(stage.get("for") or {}, LOOPS, f"{config}: stage {stage['name']}: for")
-    pipeline["loops"] = [unrolled(stage, quick) for stage in pipeline["stages"]]
-    pipeline["stages"] = [stage for loop in pipeline["loops"] for stage in loop]
+            raise ValueError(
+                f"{config}: stage {shorten(stage)} needs a `name`, and one verb with its options; "
+                f"the verbs are {', '.join(VERBS)}"
+            )
+        check_schema(stage, {"name": NAME}, f"{config}: stage {shorten(stage)}")
+        where = f"{config}: stage {stage['name']}"
+        check_schema(stage.get("smoke"), (None, dict), f"{where}: smoke")
+        check_schema(stage.get("for") or {}, LOOPS_SCHEMA, f"{where}: for")
+
+    # unroll
+    pipeline["loops"] = [unroll(stage, smoke) for stage in pipeline["stages"]]
+    pipeline["stages"] = list(chain.from_iterable(pipeline["loops"]))
     names = [stage["name"] for stage in pipeline["stages"]]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{config}: every stage needs a `name` of its own (with its loops' {{names}}), {twice!r} is there twice")
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{config}: two stages have the name {name!r}; give each stage another `name`, "
+                "with the {names} of its loops in it"
+            )
     return pipeline
 
 
-def run(config: Path, out: Path | None = None, quick: bool = False, jobs: int = 1) -> None:
-    """Run a pipeline's stages one after another, skipping the finished ones; killed, the same command goes on.
+def run(config: Path, out: Path | None = None, smoke: bool = False, jobs: int = 1) -> None:
+    """Run the stages of a pipeline one after another; skip those that are finished.
+
+    If it is interrupted or killed, the same command continues where it stopped.
 
     Args:
-        config: the pipeline's YAML: `out`, and `stages`, each a name and one verb with its options.
-        out: folder to use instead of the YAML's.
-        quick: use each stage's `quick` options and each loop's first value: every stage, in little time, for a test.
-        jobs: stages of one loop that run at once, sharing the processor's cores; each then writes to OUT/stages/STAGE.log.
+        config: YAML file with `out`, the folder of the results, and `stages`, each with a name
+            and one verb with its options.
+        out: folder of the results, instead of the YAML's.
+        smoke: run every stage in little time, to test the pipeline: with its `smoke` options, and
+            only the first value of every loop.
+        jobs: how many stages of one loop run at once. They share the processor's cores, and each
+            writes its output to OUT/stages/STAGE.log.
     """
     if jobs < 1:
-        raise ValueError(f"jobs: {jobs}, it must be at least 1")
-    pipeline = load(config, quick)
+        raise ValueError(f"jobs is {jobs}; it must be at least 1")
+    pipeline = load(config, smoke)
     out = out or Path(pipeline["out"])
-    with alone(out):
-        walk(pipeline["loops"], out, quick, jobs)
-    from trainer.report.summary import table
+    with exclusive(out):
+        run_stages(pipeline["loops"], out, smoke, jobs)
+    from deploy.report.summary import format_summary  # imports lightning, which is slow
 
     if (out / "summary.json").exists():
-        print(table(read_json(out / "summary.json")))
+        print(format_summary(read_json(out / "summary.json")))
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Wait until no other process runs a pipeline in this folder (one whose parent was killed, say)."""
+def exclusive(out: Path) -> Iterator[None]:
+    """Lock a folder; if another process runs a pipeline in it, wait until that process ends."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"rectify: another run is at work in {out}; waiting for it", file=sys.stderr, flush=True)
+            message = f"rectify: waiting for another `rectify run` in {out} to end"
+            print(message, file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies, so that a killed pipeline leaves no stage at work."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    """Ask Linux to kill this process when its parent dies: a killed pipeline leaves no stage."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def walk(loops: list[list[dict[str, Any]]], out: Path, quick: bool, jobs: int) -> None:
-    """Run the stages that are not finished: loops in order, the stages of one up to `jobs` at once."""
-    stamp, place, total = "", 0, sum(map(len, loops))
-    width = max(2, len(str(total)))  # so that names sort as the stages do
+def run_stages(loops: list[list[dict[str, Any]]], out: Path, smoke: bool, jobs: int) -> None:
+    """Run the unfinished stages: loop after loop, up to `jobs` stages of one loop at once.
+
+    Raises:
+        ValueError: a stage was finished with other settings.
+        SystemExit: a stage failed; the exit code is the stage's.
+    """
+    total = sum(map(len, loops))
+    digits = max(2, len(str(total)))  # so that the records' names sort in the order of the stages
+    number = 0
+    stamp = ""
     for loop in loops:
-        due = []
+        # find the stages that are not finished
+        unfinished = []
         for stage in loop:
-            place += 1
-            words = command(stage, out, quick)
+            number += 1
+            words = command(stage, out, smoke)
             stamp = fingerprint(words, stamp)
-            record, title = out / "stages" / f"{place:0{width}d}-{stage['name']}.json", f"[{place}/{total}] {stage['name']}"
+            record = out / "stages" / f"{number:0{digits}d}-{stage['name']}.json"
+            title = f"[{number}/{total}] {stage['name']}"
             if not record.exists():
-                due.append((words, stamp, record, title, jobs))
-                continue
-            if read_json(record).get("fingerprint") != stamp:
+                unfinished.append(StageJob(words, stamp, record, title))
+            elif read_json(record).get("fingerprint") == stamp:
+                print(f"{title}: finished", file=sys.stderr, flush=True)
+            else:
                 raise ValueError(
-                    f"{out}: stage {stage['name']} was finished with other settings; choose another --out or delete {out}"
+                    f"{out}: stage {stage['name']} was finished with other settings; "
+                    f"choose another --out, or delete {out}"
                 )
-            print(f"{title}: finished", file=sys.stderr, flush=True)
-        if jobs == 1 or len(due) < 2:
-            ended(perform(*one[:-1], jobs=1) for one in due)
+
+        # run them
+        if jobs == 1 or len(unfinished) < 2:
+            exit_on_failure(map(run_stage, unfinished))
             continue
         with ThreadPoolExecutor(jobs) as pool:
             try:
-                ended(pool.map(lambda one: perform(*one), due))
+                exit_on_failure(pool.map(lambda job: run_stage(job, jobs), unfinished))
             finally:
                 pool.shutdown(cancel_futures=True)
 
 
-def ended(codes: Iterator[int]) -> None:
-    """Leave with the first stage that failed."""
+def exit_on_failure(codes: Iterable[int]) -> None:
+    """Exit with the first exit code that is not 0; a stage killed by signal N counts as 128 + N."""
     for code in codes:
         if code:
             raise SystemExit(code if code > 0 else 128 - code)
 
 
-def perform(words: list[str], stamp: str, record: Path, title: str, jobs: int) -> int:
-    """Run a stage and record it; return its exit code. One of several at once writes to a file, on its share of the cores."""
-    print(f"{title}: rectify {' '.join(words)}", file=sys.stderr, flush=True)
-    began, command = time.monotonic(), [sys.executable, "-P", "-m", "deploy", *words]
+def run_stage(job: StageJob, jobs: int = 1) -> int:
+    """Run a stage, write its record if it succeeds, and return its exit code.
+
+    Args:
+        job: the stage.
+        jobs: how many stages run at once. With more than one, the stage writes to a log file and
+            uses its share of the cores.
+    """
+    print(f"{job.title}: rectify {' '.join(job.words)}", file=sys.stderr, flush=True)
+    began = time.monotonic()
+    words = [sys.executable, "-P", "-m", "deploy", *job.words]
+
+    # run the command
     if jobs == 1:
-        code = subprocess.run(command, preexec_fn=die_with_parent).returncode
+        code = subprocess.run(words, preexec_fn=die_with_parent).returncode
     else:
-        told, threads = record.with_suffix(".log"), str(max(1, (os.cpu_count() or 1) // jobs))
-        told.parent.mkdir(exist_ok=True)
-        with told.open("w") as log:
-            environment = {"OMP_NUM_THREADS": threads, **os.environ}
+        log_path = job.record.with_suffix(".log")
+        log_path.parent.mkdir(exist_ok=True)
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        with log_path.open("w") as log:
             code = subprocess.run(
-                command, preexec_fn=die_with_parent, stdout=log, stderr=subprocess.STDOUT, env=environment
+                words,
+                preexec_fn=die_with_parent,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={"OMP_NUM_THREADS": str(threads), **os.environ},
             ).returncode
         if code:
-            last = "".join(told.read_text(errors="replace").splitlines(True)[-5:])
-            print(f"{title}: failed, the end of {told}:\n{last}", end="", file=sys.stderr)
+            lines = log_path.read_text(errors="replace").splitlines(True)
+            end = "".join(lines[-FAILED_LOG_LINES:])
+            print(f"{job.title}: failed; the end of {log_path}:\n{end}", end="", file=sys.stderr)
+
+    # record it
     seconds = round(time.monotonic() - began, 1)
     if code == 0:
-        write_json(record, {"fingerprint": stamp, "words": words, "seconds": seconds})
-        print(f"{title}: done, {seconds:.0f} s", file=sys.stderr, flush=True)
+        record = {"fingerprint": job.fingerprint, "words": job.words, "seconds": seconds}
+        write_json(job.record, record)
+        print(f"{job.title}: done, {seconds:.0f} s", file=sys.stderr, flush=True)
     return code

@@ -1,1 +1,1 @@
-"""What is learned: interpolants, predictions, denoisers, samplers, codecs, networks. Imports nothing of ours."""
+"""What is learned: interpolants, predictions, denoisers, samplers, codecs, networks."""

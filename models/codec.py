@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from data.files import file_digest
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL  # importing it takes a second
 
@@ -39,7 +41,9 @@ class Identity(Codec):
 
 
 class KL(Codec):
-    """A diffusers AutoencoderKL folder; latents are posterior means less its `shift_factor`, times its `scaling_factor`.
+    """A diffusers AutoencoderKL folder.
+
+    Latents are (posterior mean - `shift_factor`) * `scaling_factor`.
 
     Args:
         path: the folder (config.json and safetensors weights).
@@ -50,23 +54,28 @@ class KL(Codec):
         from diffusers import AutoencoderKL
 
         if not (Path(path) / "config.json").is_file():
-            raise FileNotFoundError(f"{path}: no config.json there; a codec is a diffusers AutoencoderKL folder")
+            raise FileNotFoundError(
+                f"{path}: it has no config.json; a codec is a diffusers AutoencoderKL folder"
+            )
         self.path = path
-        _compare(Path(path))
+        _check_files(Path(path))
         try:
-            self.vae = AutoencoderKL.from_pretrained(path, use_safetensors=True).eval().requires_grad_(False)
-        except Exception as error:  # diffusers, safetensors and torch each raise kinds of their own on a damaged folder
-            why = str(error).strip() or type(error).__name__
-            raise ValueError(f"{path}: not a readable diffusers AutoencoderKL ({why})") from error
+            vae = AutoencoderKL.from_pretrained(path, use_safetensors=True)
+        except Exception as error:  # diffusers, safetensors and torch raise different kinds
+            reason = str(error).strip() or type(error).__name__
+            raise ValueError(
+                f"{path}: not a readable diffusers AutoencoderKL ({reason})"
+            ) from error
+        self.vae = vae.eval().requires_grad_(False)
 
     @property
     def scale(self) -> float:
-        """What latents are multiplied by to have unit variance (diffusers' scaling_factor)."""
+        """Factor that gives latents unit variance (diffusers' scaling_factor)."""
         return self.vae.config.scaling_factor
 
     @property
     def shift(self) -> float:
-        """What latents have before as their mean, where it is not zero (diffusers' shift_factor, of Stable Diffusion 3)."""
+        """Mean of the raw latents, subtracted before scaling (diffusers' shift_factor)."""
         return self.vae.config.shift_factor or 0.0
 
     def encode(self, images: Tensor) -> Tensor:
@@ -76,53 +85,67 @@ class KL(Codec):
         return self.vae.decode(x / self.scale + self.shift).sample
 
     def weights(self) -> str:
-        """Return the sha256 of the weights' bits, whatever file they came from."""
+        """Return the sha256 of the weights' bits, independent of the file that they came from."""
         digest = hashlib.sha256()
         for name, value in sorted(self.vae.state_dict().items()):
-            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the diffusers folder, weights as safetensors."""
-        save(self.vae, path)
+        save_codec(self.vae, path)
 
 
-def save(vae: "AutoencoderKL", path: Path) -> None:
-    """Write an autoencoder as a diffusers folder, with the checksums of its files beside them."""
+def save_codec(vae: "AutoencoderKL", path: Path) -> None:
+    """Write an autoencoder as a diffusers folder, with the checksums of its files."""
     try:
         vae.save_pretrained(path)
-    except SafetensorError as error:  # safetensors hides the operating system's error, a full disk say
+    except SafetensorError as error:  # it hides the operating system's error, e.g. a full disk
         raise OSError(f"{path}: {error}") from error
-    sums = {file.name: _sha256(file) for file in sorted(path.iterdir()) if file.name != CHECKSUMS}
+    sums = {}
+    for file in sorted(path.iterdir()):
+        if file.name != CHECKSUMS:
+            sums[file.name] = file_digest(file)
     (path / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
 
 
-def _compare(path: Path) -> None:
-    """Compare a folder's files with its checksums; folders that others made have none."""
+def _check_files(path: Path) -> None:
+    """Compare a folder's files with its checksums; folders written by other programs have none."""
     if not (path / CHECKSUMS).exists():
         return
     try:
         sums = dict(json.loads((path / CHECKSUMS).read_bytes()))
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path / CHECKSUMS}: not valid JSON ({error}); restore it or make the codec again") from None
-    for name, wanted in sums.items():
-        if not (path / Path(name).name).is_file() or _sha256(path / Path(name).name) != wanted:
-            raise ValueError(f"{path / name}: its checksum is not the one in {CHECKSUMS}; restore it or make the codec again")
+        raise ValueError(
+            f"{path / CHECKSUMS}: not valid JSON ({error}); restore it or make the codec again"
+        ) from None
+    for name, expected in sums.items():
+        file = path / Path(name).name
+        if not file.is_file() or file_digest(file) != expected:
+            raise ValueError(
+                f"{path / name}: its checksum is not the one in {CHECKSUMS}; "
+                "restore it or make the codec again"
+            )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def load_codec(path: str | Path | None) -> Codec:
+    """Load a codec.
 
-
-def load(path: str | Path | None) -> Codec:
-    """Load a codec: None is Identity; a folder is a diffusers AutoencoderKL or a run that holds one as `codec/`."""
+    Args:
+        path: a diffusers AutoencoderKL folder, or a run that contains one as `codec/`; None is
+            Identity.
+    """
     if path is None:
         return Identity()
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such codec folder; train one with `rectify fit` or give a diffusers AutoencoderKL")
-    return KL(str(path / "codec" if (path / "codec").is_dir() else path))
+        raise FileNotFoundError(
+            f"{path}: no such codec folder; train one with `rectify fit` or use a diffusers "
+            "AutoencoderKL"
+        )
+    nested = path / "codec"
+    return KL(str(nested if nested.is_dir() else path))
 
 
 def to_uint8(images: Tensor) -> Tensor:

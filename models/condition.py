@@ -1,4 +1,4 @@
-"""Conditions: what the network is told beside the state."""
+"""Conditions: what the network receives besides the state and the time."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -8,47 +8,57 @@ from torch import Tensor
 
 
 class Condition(ABC):
-    """Turns a batch's raw conditions into what the network reads, with classifier-free dropout."""
+    """Turns a batch's raw conditions into the network's input, with dropout for guidance."""
 
     @abstractmethod
-    def __call__(self, raw: Tensor | None, chance: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Return the network's condition of raw conditions (B,).
+    def __call__(
+        self, raw: Tensor | None, chance: Callable[[], Tensor] | None = None
+    ) -> Tensor | None:
+        """Return the network's condition for raw conditions (B,).
 
-        `chance` draws uniform numbers (B,), by which each sample's condition is dropped on its own with the condition's
-        dropout probability; without it (sampling) nothing is dropped.
+        Args:
+            raw: raw conditions, (B,).
+            chance: returns uniform numbers (B,). Each sample's condition is dropped independently,
+                with the condition's dropout probability. Without it (sampling) none is dropped.
         """
 
-    def asked(self, indices: range) -> Tensor | None:
-        """Return the raw conditions that are asked for at global indices, (n,): all there are in turn, or nothing."""
+    def requested(self, indices: range) -> Tensor | None:
+        """Return the raw conditions of samples by global index, (n,): all in turn, or None."""
         return None
 
 
 class Unconditional(Condition):
-    """The network is told nothing."""
+    """The network receives no condition."""
 
-    def __call__(self, raw: Tensor | None, chance: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def __call__(
+        self, raw: Tensor | None, chance: Callable[[], Tensor] | None = None
+    ) -> Tensor | None:
         return None
 
 
 class ClassLabel(Condition):
-    """The network is told a class; the label `classes` means "not told".
+    """A class label; the label `classes` means "no class".
 
     Args:
         classes: number of classes.
-        dropout: probability, in [0, 1], of hiding a sample's label in training (classifier-free guidance, 2207.12598).
+        dropout: probability, in [0, 1], of dropping a sample's label in training, for
+            classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598).
     """
 
     def __init__(self, classes: int, dropout: float = 0.0):
         if not 0 <= dropout <= 1:
-            raise ValueError(f"ClassLabel: dropout is {dropout}, it must lie in [0, 1]")
-        self.classes, self.dropout = classes, dropout
+            raise ValueError(f"ClassLabel: dropout is {dropout}; it must lie in [0, 1]")
+        self.classes = classes
+        self.dropout = dropout
 
-    def asked(self, indices: range) -> Tensor:
+    def requested(self, indices: range) -> Tensor:
         return torch.tensor(indices) % self.classes
 
-    def __call__(self, raw: Tensor | None, chance: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def __call__(
+        self, raw: Tensor | None, chance: Callable[[], Tensor] | None = None
+    ) -> Tensor | None:
         if raw is None:
-            raise ValueError("ClassLabel: the data carries no class labels; use Unconditional")
+            raise ValueError("ClassLabel: the data has no class labels; use Unconditional")
         if chance is None or not self.dropout:
             return raw
         return raw.where(chance() >= self.dropout, self.classes)

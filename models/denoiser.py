@@ -1,34 +1,53 @@
-"""The denoiser: network + interpolant + prediction. Samplers and plain objectives see nothing else of a model."""
+"""The denoiser: network + interpolant + prediction.
+
+Samplers and objectives need nothing else of a model.
+"""
 
 import torch
 from torch import Tensor, nn
 
-from models.clock import Clock, Scaled
-from models.interpolant import Interpolant, seen
+from models.interpolant import Interpolant, is_inspectable
 from models.prediction import Prediction
+from models.time_input import ScaledTime, TimeInput
 
 
 class Denoiser(nn.Module):
     """Estimates data and noise from a state: `denoiser(x_t, t, cond) -> (x_hat, eps_hat)`.
 
-    A network may be built to read more: a second time s, and then `mix(x_hat, eps_hat, s)` is its jump from t to s (on Linear
-    with Velocity the output is the mean velocity in between); a scale w, and then it gives what guidance at w would.
+    A network may take more inputs:
+
+    - A second time s (`two_time`). Then `mix(x_hat, eps_hat, s)` is its jump from t to s; on Linear
+      with Velocity the output is the mean velocity between the two times.
+    - A guidance scale w (`guidance_embedded`). Then the output is what guidance at w would give.
 
     Args:
-        net: the network, called as net(x_t, clock(t), cond) -> y, shapes (B, C, H, W), (B,), as the condition gives.
+        net: the network, called as net(x_t, time_input(t), cond) -> y, shapes (B, C, H, W), (B,)
+            and what the condition returns.
         interpolant: alpha(t) and sigma(t) of the states.
-        prediction: the row that the network's output y is.
-        clock: what the network reads of t; by default the network's own `clock`, else t itself.
+        prediction: what the network's output y is.
+        time_input: what the network receives for t; by default the network's own `time_input`, else
+            t itself.
     """
 
-    guidance: float | list[float] | None = None  # of the pairs that it was trained on, one scale or [low, high], if known
-    averages: dict[str, Tensor] | None = None  # of its weights, by the names of its state_dict, in a run that keeps them (EMA)
-    spent = 0  # network evaluations, one of one sample each, of all denoisers in this process so far: what methods cost
+    # Guidance scale, or [low, high] scales, of the pairs that it was trained on, if known.
+    guidance: float | list[float] | None = None
+    # Averages of its weights, by the names of its state_dict, in a run that keeps them (EMA).
+    averages: dict[str, Tensor] | None = None
+    # Network evaluations, one of one sample each, by all denoisers of this process so far.
+    evaluations_made = 0
 
-    def __init__(self, net: nn.Module, interpolant: Interpolant, prediction: Prediction, clock: Clock | None = None):
+    def __init__(
+        self,
+        net: nn.Module,
+        interpolant: Interpolant,
+        prediction: Prediction,
+        time_input: TimeInput | None = None,
+    ):
         super().__init__()
-        self.net, self.interpolant, self.prediction = net, interpolant, prediction
-        self.clock = clock or getattr(net, "clock", None) or Scaled(1.0)
+        self.net = net
+        self.interpolant = interpolant
+        self.prediction = prediction
+        self.time_input = time_input or getattr(net, "time_input", None) or ScaledTime(1.0)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -36,42 +55,60 @@ class Denoiser(nn.Module):
         return self.net.channels, self.net.size, self.net.size  # type: ignore[return-value]
 
     @property
-    def jumps(self) -> bool:
-        """Whether the network reads a second time."""
-        return bool(getattr(self.net, "jumps", False))
+    def two_time(self) -> bool:
+        """Whether the network takes a second time."""
+        return bool(getattr(self.net, "two_time", False))
 
     @property
-    def told_scale(self) -> bool:
-        """Whether the network reads a scale of guidance."""
-        return bool(getattr(self.net, "scaled", False))
+    def reads_guidance(self) -> bool:
+        """Whether the network takes a guidance scale."""
+        return bool(getattr(self.net, "guidance_embedded", False))
 
     def forward(
-        self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None, w: Tensor | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Tensor | None = None,
+        s: Tensor | None = None,
+        w: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (x_hat, eps_hat), shapes (B, C, H, W), at least float32.
 
         Args:
             x_t: states, (B, C, H, W).
             t: their times in [0, 1], (B,) or ().
-            cond: what the network is told.
-            s: times to jump to, (B,) or (), for networks with `jumps`; t itself by default.
-            w: scales of guidance, (B,) or (), for networks with `scaled`; 1 by default.
+            cond: the network's condition.
+            s: times to jump to, (B,) or (), for networks with `two_time`; t itself by default.
+            w: guidance scales, (B,) or (), for networks with `guidance_embedded`; 1 by default.
 
         Raises:
-            ValueError: t lies outside [0, 1], or the prediction is singular there (looked at only where t is on the CPU); s or
-                w are given to a network that does not read them.
+            ValueError: t lies outside [0, 1], or the prediction is singular there (checked only
+                where t is on the CPU); s or w is given to a network that does not take it.
         """
+        # All arithmetic on t is at least float32.
         dtype = torch.promote_types(x_t.dtype, torch.float32)
-        x_t, t = x_t.to(dtype), t.to(dtype).expand(len(x_t))
-        if seen(t) and not ((t >= 0) & (t <= 1)).all():
-            raise ValueError(f"t must lie in [0, 1] (0 is data, 1 is noise), got {t.min().item():.6g} to {t.max().item():.6g}")
-        if (s is not None and not self.jumps) or (w is not None and not self.told_scale):
-            raise ValueError("the network does not read a second time (build it with jumps) or a scale (with scaled)")
-        more = {}
+        x_t = x_t.to(dtype)
+        t = t.to(dtype).expand(len(x_t))
+        if is_inspectable(t) and not ((t >= 0) & (t <= 1)).all():
+            low = t.min().item()
+            high = t.max().item()
+            raise ValueError(
+                f"t is {low:.6g} to {high:.6g}; it must lie in [0, 1] (0 is data, 1 is noise)"
+            )
+        if s is not None and not self.two_time:
+            raise ValueError("s: the network takes no second time; build it with two_time true")
+        if w is not None and not self.reads_guidance:
+            raise ValueError(
+                "w: the network takes no guidance scale; build it with guidance_embedded true"
+            )
+        # The network's optional inputs
+        optional = {}
         if s is not None:
-            more["until"] = self.clock(s.to(dtype).expand(len(x_t)))
+            optional["t_end"] = self.time_input(s.to(dtype).expand(len(x_t)))
         if w is not None:
-            more["scale"] = w.to(dtype).expand(len(x_t))
-        Denoiser.spent += len(x_t)
-        y = self.net(self.prediction.read(self.interpolant, x_t, t), self.clock(t), cond, **more).to(dtype)
+            optional["guidance"] = w.to(dtype).expand(len(x_t))
+        # One evaluation, and the 2x2 solve
+        Denoiser.evaluations_made += len(x_t)
+        scaled = self.prediction.scale_input(self.interpolant, x_t, t)
+        y = self.net(scaled, self.time_input(t), cond, **optional).to(dtype)
         return self.prediction.solve(self.interpolant, y, x_t, t)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (2207.12598) in one convention: `u + w (c - u)`; w = 1 is none."""
+"""Classifier-free guidance in one convention: `u + w (c - u)`; w = 1 is none."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.denoiser import Denoiser
+from models.description import identity
 from models.interpolant import Interpolant, expand
 from models.prediction import Prediction
 from models.sampler import DenoiserLike
@@ -16,17 +17,22 @@ log = logging.getLogger(__name__)
 
 
 class Guided(nn.Module):
-    """A denoiser pushed from what a negative says (u) towards, and past, what it says of cond itself (c).
+    """A denoiser with classifier-free guidance: from the negative's output u past its own c.
+
+    Ho & Salimans 2022 (arXiv 2207.12598).
 
     Args:
         denoiser: called as denoiser(x_t, t, cond) and, without a condition, denoiser(x_t, t, None).
-        scale: w, a number or one for each sample, (B,); 0 is the negative alone, 1 is the denoiser itself at its own cost.
-        low: least t at which guidance acts, in [0, 1]; below it, the denoiser itself at its own cost (2404.07724).
-        high: largest t at which it acts, at least `low`.
-        rescale: how far the guided x_hat gets back the standard deviation of the denoiser's own, sample by sample, in [0, 1]
-            (2305.08891, eq. 15 and 16, there of the network's output); 0 not at all.
-        negative: a weaker denoiser on the same interpolant, told cond too (autoguidance, 2406.02507); without it u is the
-            denoiser told nothing.
+        scale: w, a number or one for each sample, (B,). 0 is the negative alone; 1 is the denoiser
+            itself at its own cost.
+        low: least t at which guidance acts, in [0, 1]; elsewhere it is the denoiser itself at its
+            own cost (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+        high: largest t at which guidance acts, at least `low`.
+        rescale: how far the guided x_hat is rescaled to the standard deviation of the denoiser's
+            own, sample by sample, in [0, 1]; 0 not at all (Lin et al. 2023, arXiv 2305.08891, eq.
+            15 and 16, there for the network's output).
+        negative: a weaker denoiser on the same interpolant, called with cond too (autoguidance,
+            Karras et al. 2024, arXiv 2406.02507). By default u is the denoiser without a condition.
     """
 
     def __init__(
@@ -40,74 +46,115 @@ class Guided(nn.Module):
     ):
         super().__init__()
         if not 0 <= low <= high <= 1:
-            raise ValueError(f"Guided: the interval of t is [{low}, {high}]; it must lie within [0, 1], low first")
+            raise ValueError(
+                f"Guided: low is {low} and high is {high}; they must satisfy 0 <= low <= high <= 1"
+            )
         if not 0 <= rescale <= 1:
-            raise ValueError(f"Guided: rescale is {rescale}, it must lie in [0, 1]")
-        if negative is not None and repr(negative.interpolant) != repr(denoiser.interpolant):  # type: ignore[attr-defined]
-            raise ValueError("Guided: the negative is on another interpolant than the denoiser; re-time it first")
-        self.denoiser, self.scale, self.low, self.high = denoiser, scale, low, high
-        self.rescale, self.negative = rescale, negative
+            raise ValueError(f"Guided: rescale is {rescale}; it must lie in [0, 1]")
+        if negative is not None:
+            _check_same_interpolant(denoiser, negative)
+        self.denoiser = denoiser
+        self.scale = scale
+        self.low = low
+        self.high = high
+        self.rescale = rescale
+        self.negative = negative
 
     @property
     def interpolant(self) -> Interpolant:
-        """The guided denoiser's own interpolant."""
+        """The denoiser's interpolant."""
         return self.denoiser.interpolant  # type: ignore[attr-defined]
 
     @property
-    def jumps(self) -> bool:
-        """Whether the denoiser reads a second time."""
-        return getattr(self.denoiser, "jumps", False)
+    def two_time(self) -> bool:
+        """Whether the denoiser takes a second time."""
+        return getattr(self.denoiser, "two_time", False)
 
     def acts(self, t: Tensor) -> Tensor:
-        """Return where guidance acts, of t's shape."""
-        t = t.float()  # the same answer at an end of the interval whatever the state's precision
+        """Return where guidance acts, with t's shape."""
+        t = t.float()  # the same result at an end of the interval for every precision of the state
         return (t >= self.low) & (t <= self.high) & (self.scale != 1)
 
     def evaluations(self, t: Tensor) -> int:
-        """Return the network evaluations of one call at t, shape (B,), per sample: the negative's counts as one too."""
-        known = self._everywhere
-        return 1 + int(self.acts(t).any()) if known is None else 1 + known
+        """Return the network evaluations of one call at t, shape (B,), per sample.
+
+        The negative's evaluation counts as one too.
+        """
+        always = self._acts_always
+        if always is None:
+            always = bool(self.acts(t).any())
+        return 2 if always else 1
 
     @property
-    def _everywhere(self) -> bool | None:
-        """Whether guidance acts at every t or at none, where scale and interval say so: a look at t makes a device wait."""
-        if isinstance(self.scale, Tensor) or (self.scale != 1 and (self.low, self.high) != (0, 1)):
+    def _acts_always(self) -> bool | None:
+        """Whether guidance acts at every t (True) or at none (False); None if it depends on t.
+
+        Where scale and interval decide it, no device sync is needed.
+        """
+        if isinstance(self.scale, Tensor):
             return None
-        return self.scale != 1
+        if self.scale == 1:
+            return False
+        return True if (self.low, self.high) == (0, 1) else None
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the guided (x_hat, eps_hat); they are linear in the output, so that any row gives the same."""
-        jump = () if s is None else (s,)
-        c = self.denoiser(x_t, t, cond, *jump)
-        known, acts = self._everywhere, self.acts(t)
-        if not (acts.any() if known is None else known):
-            return c
-        u = self.denoiser(x_t, t, None, *jump) if self.negative is None else self.negative(x_t, t, cond, *jump)
+    def forward(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the guided (x_hat, eps_hat).
+
+        Both are linear in the network's output, so that every prediction gives the same result.
+        """
+        t_end = () if s is None else (s,)
+        x_cond, eps_cond = self.denoiser(x_t, t, cond, *t_end)
+        always = self._acts_always
+        active = self.acts(t)
+        if always is False or (always is None and not active.any()):
+            return x_cond, eps_cond
+        # u + w (c - u)
+        if self.negative is None:
+            x_negative, eps_negative = self.denoiser(x_t, t, None, *t_end)
+        else:
+            x_negative, eps_negative = self.negative(x_t, t, cond, *t_end)
         w = expand(self.scale, x_t) if isinstance(self.scale, Tensor) else self.scale
-        x_hat, eps_hat = u[0] + w * (c[0] - u[0]), u[1] + w * (c[1] - u[1])
+        x_hat = x_negative + w * (x_cond - x_negative)
+        eps_hat = eps_negative + w * (eps_cond - eps_negative)
         if self.rescale:
-            x_hat, eps_hat = self._rescaled(x_hat, eps_hat, c[0], t)
-        if known or acts.all():
+            x_hat, eps_hat = self._rescale(x_hat, eps_hat, x_cond, t)
+        if always or active.all():
             return x_hat, eps_hat
-        inside = expand(acts, x_hat)
-        return x_hat.where(inside, c[0]), eps_hat.where(inside, c[1])
+        # outside the interval, the denoiser itself
+        active = expand(active, x_hat)
+        return x_hat.where(active, x_cond), eps_hat.where(active, eps_cond)
 
-    def _rescaled(self, x_hat: Tensor, eps_hat: Tensor, c: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x_hat with its spread drawn towards that of c, and the eps_hat that still makes up x_t with it."""
-        ratio = c.flatten(1).std(1) / x_hat.flatten(1).std(1)
+    def _rescale(
+        self, x_hat: Tensor, eps_hat: Tensor, x_cond: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return x_hat with a deviation nearer to x_cond's, and the eps_hat that x_t implies."""
+        ratio = x_cond.flatten(1).std(1) / x_hat.flatten(1).std(1)
         alpha, sigma = self.interpolant(t.to(x_hat.dtype).expand(len(x_hat)))
         factor = expand(self.rescale * ratio + 1 - self.rescale, x_hat)
         return factor * x_hat, eps_hat + expand(alpha / sigma, x_hat) * (1 - factor) * x_hat
 
 
-class Form(nn.Module, ABC):
-    """A denoiser of another's form: `self.denoiser`'s."""
+def _check_same_interpolant(denoiser: DenoiserLike, negative: DenoiserLike) -> None:
+    """Check that a negative has the denoiser's interpolant."""
+    expected: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+    found: Interpolant = negative.interpolant  # type: ignore[attr-defined]
+    if identity(found) != identity(expected):
+        raise ValueError(
+            f"Guided: negative's interpolant is {found!r}, the denoiser's is {expected!r}; "
+            "wrap the negative in Retimed"
+        )
+
+
+class DenoiserWrapper(nn.Module, ABC):
+    """A denoiser with the interpolant, prediction and inputs of the one that it wraps."""
 
     denoiser: Denoiser
 
     @property
     def interpolant(self) -> Interpolant:
-        """The denoiser's own interpolant."""
+        """The denoiser's interpolant."""
         return self.denoiser.interpolant
 
     @property
@@ -116,17 +163,21 @@ class Form(nn.Module, ABC):
         return self.denoiser.prediction
 
     @property
-    def jumps(self) -> bool:
-        """Whether the denoiser reads a second time."""
-        return self.denoiser.jumps
+    def two_time(self) -> bool:
+        """Whether the denoiser takes a second time."""
+        return self.denoiser.two_time
 
     @abstractmethod
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return (x_hat, eps_hat), shapes (B, C, H, W)."""
 
 
-class Told(Form):
-    """A denoiser that reads a scale of guidance, told one: it is guided at the cost of one evaluation (2210.03142).
+class GuidanceConditioned(DenoiserWrapper):
+    """A guidance-conditioned denoiser with a fixed scale: one evaluation instead of two.
+
+    Meng et al. 2022 (arXiv 2210.03142).
 
     Args:
         denoiser: called as denoiser(x_t, t, cond, s, w).
@@ -135,24 +186,45 @@ class Told(Form):
 
     def __init__(self, denoiser: Denoiser, scale: float | Tensor):
         super().__init__()
-        self.denoiser, self.scale = denoiser, scale
+        self.denoiser = denoiser
+        self.scale = scale
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return (x_hat, eps_hat) at the scale, shapes (B, C, H, W)."""
-        return self.denoiser(x_t, t, cond, s, torch.as_tensor(self.scale, device=x_t.device))
+        w = torch.as_tensor(self.scale, device=x_t.device)
+        return self.denoiser(x_t, t, cond, s, w)
 
 
-def at(denoiser: Denoiser, scale: float | Tensor) -> Guided | Told:
-    """Return a denoiser at a scale of guidance, told it if it reads one; warns once of one that it was not trained for."""
-    trained = denoiser.guidance
+def with_guidance(denoiser: Denoiser, scale: float | Tensor) -> Guided | GuidanceConditioned:
+    """Return a denoiser at a guidance scale, by its own input for the scale if it has one.
+
+    Warns once about a scale that it was not trained for.
+    """
     if not isinstance(scale, Tensor):
-        if denoiser.told_scale and isinstance(trained, list) and not trained[0] <= scale <= trained[1]:
-            _warn(f"guidance {scale:g}: this network was trained on scales from {trained[0]:g} to {trained[1]:g}")
-        if not denoiser.told_scale and scale != 1 and trained not in (None, 1):
-            _warn(f"guidance {scale:g}: {trained} is in the pairs that this network was trained on already; it acts on top")
-    return Told(denoiser, scale) if denoiser.told_scale else Guided(denoiser, scale)
+        _warn_of_untrained(denoiser, scale)
+    if denoiser.reads_guidance:
+        return GuidanceConditioned(denoiser, scale)
+    return Guided(denoiser, scale)
+
+
+def _warn_of_untrained(denoiser: Denoiser, scale: float) -> None:
+    """Warn if a denoiser was not trained for a guidance scale."""
+    trained = denoiser.guidance
+    if denoiser.reads_guidance:
+        if isinstance(trained, list) and not trained[0] <= scale <= trained[1]:
+            _warn_once(
+                f"guidance {scale:g}: this network was trained on scales from {trained[0]:g} to "
+                f"{trained[1]:g}"
+            )
+    elif scale != 1 and trained not in (None, 1):
+        _warn_once(
+            f"guidance {scale:g}: this network was trained on pairs with guidance {trained} "
+            "already; the new scale acts on top of it"
+        )
 
 
 @cache
-def _warn(line: str) -> None:
+def _warn_once(line: str) -> None:
     log.warning(line)

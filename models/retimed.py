@@ -1,4 +1,4 @@
-"""A trained denoiser seen through another interpolant: at equal SNR the states are the same up to scale."""
+"""A trained denoiser on another interpolant: at equal SNR the states differ only in scale."""
 
 import torch
 from torch import Tensor, nn
@@ -8,51 +8,78 @@ from models.sampler import DenoiserLike, cost
 
 
 class Retimed(nn.Module):
-    """The same denoiser for the states of another interpolant, so that a VP teacher is sampled as a flow (2206.00364, app. C).
+    """The same denoiser for the states of another interpolant: it samples a VP teacher as a flow.
 
-    A state at t is scaled and handed to the denoiser at the time of equal SNR. Where the other interpolant is more noise, or
-    more data, than the denoiser knows, the nearer end of its [0, 1] stands in, as long as that is off by no more than `gap`.
+    Karras et al. 2022 (arXiv 2206.00364), appendix C. A state at t is rescaled and passed to the
+    denoiser at the time of equal SNR. Where the new interpolant reaches more noise, or more data,
+    than the denoiser's, the nearer end of the denoiser's [0, 1] is used, if the difference is at
+    most `gap`.
 
     Args:
         denoiser: called as denoiser(x_t, t, cond), with an attribute `interpolant`.
-        interpolant: of the states that are given to the result.
-        gap: how far the interpolant's ends may lie outside the denoiser's, as an angle atan2(sigma, alpha) in radians.
+        interpolant: of the states that the result receives.
+        gap: how far the interpolant's ends may lie outside the denoiser's, as an angle
+            atan2(sigma, alpha) in radians.
     """
 
     def __init__(self, denoiser: DenoiserLike, interpolant: Interpolant, gap: float = 0.1):
         super().__init__()
-        self.denoiser, self.interpolant, self.gap = denoiser, interpolant, gap
-        own: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
-        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-        (low, high), (first, last) = (torch.atan2(*reversed(i(ends))).tolist() for i in (own, interpolant))
-        if not max(low - first, last - high) <= gap:
+        self.denoiser = denoiser
+        self.interpolant = interpolant
+        self.gap = gap
+        inner: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+        inner_low, inner_high = _end_angles(inner)
+        low, high = _end_angles(interpolant)
+        if not max(inner_low - low, high - inner_high) <= gap:
             raise ValueError(
-                f"Retimed: {interpolant!r} runs from angle {first:.4g} to {last:.4g}, the denoiser's {own!r} only from {low:.4g} "
-                f"to {high:.4g}, which is more than gap {gap} short; raise gap, or take an interpolant within it"
+                f"Retimed: the angles of {interpolant!r} run from {low:.4g} to {high:.4g}, those "
+                f"of the denoiser's {inner!r} only from {inner_low:.4g} to {inner_high:.4g}, more "
+                f"than gap {gap} short; raise gap, or use an interpolant within it"
             )
 
     def evaluations(self, t: Tensor) -> int:
         """Return the network evaluations of one call at t, per sample: the denoiser's own."""
-        return cost(self.denoiser, self._there(t)[0])
+        time, _ = self._equal_snr(t)
+        return cost(self.denoiser, time)
 
     @property
-    def jumps(self) -> bool:
-        """Whether the denoiser reads a second time."""
-        return getattr(self.denoiser, "jumps", False)
+    def two_time(self) -> bool:
+        """Whether the denoiser takes a second time."""
+        return getattr(self.denoiser, "two_time", False)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape (C, H, W) of the states."""
         return self.denoiser.shape  # type: ignore[attr-defined]
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return (x_hat, eps_hat), shapes (B, C, H, W), of the state x_t at t of shape (B,) or () of the other interpolant."""
-        time, scale = self._there(t)
-        return self.denoiser(expand(scale, x_t) * x_t, time, cond, *(() if s is None else (self._there(s)[0],)))
+    def forward(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (x_hat, eps_hat), shapes (B, C, H, W), for the state x_t of the new interpolant.
 
-    def _there(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the denoiser's own time of equal SNR, and its states' scale over ours."""
-        own: Interpolant = self.denoiser.interpolant  # type: ignore[attr-defined]
-        here = self.interpolant(t.to(torch.promote_types(t.dtype, torch.float32)))
-        time = own.time(*here)
-        return time, torch.hypot(*own(time)) / torch.hypot(*here)
+        Args:
+            x_t: states, (B, C, H, W).
+            t: their times, (B,) or ().
+            cond: the network's condition.
+            s: times to jump to, (B,) or (), if the denoiser takes a second time.
+        """
+        time, scale = self._equal_snr(t)
+        scaled = expand(scale, x_t) * x_t
+        if s is None:
+            return self.denoiser(scaled, time, cond)
+        t_end, _ = self._equal_snr(s)
+        return self.denoiser(scaled, time, cond, t_end)
+
+    def _equal_snr(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the denoiser's time of equal SNR, and the scale of its states relative to ours."""
+        inner: Interpolant = self.denoiser.interpolant  # type: ignore[attr-defined]
+        alpha, sigma = self.interpolant(t.to(torch.promote_types(t.dtype, torch.float32)))
+        time = inner.time_of_snr(alpha, sigma)
+        return time, torch.hypot(*inner(time)) / torch.hypot(alpha, sigma)
+
+
+def _end_angles(interpolant: Interpolant) -> tuple[float, float]:
+    """Return the angles atan2(sigma, alpha) at t = 0 and t = 1."""
+    alpha, sigma = interpolant(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    low, high = torch.atan2(sigma, alpha).tolist()
+    return low, high

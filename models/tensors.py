@@ -1,4 +1,4 @@
-"""Named tensors as safetensors files with a checksum of their bits, which the format itself has not; nested ones."""
+"""Tensor files: safetensors with a checksum, which the format itself lacks, and nested values."""
 
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,37 +10,50 @@ from safetensors.torch import save
 from torch import Tensor
 
 
-def _bits(tensors: dict[str, Tensor]) -> str:
-    found = xxhash.xxh3_128()
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = xxhash.xxh3_128()
     for name, value in sorted(tensors.items()):
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        data = value.detach().cpu().contiguous().view(-1)
+        digest.update(data.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
-def packed(tensors: dict[str, Tensor], about: dict[str, str]) -> bytes:
-    """Return the bytes of a file of tensors and of texts about them."""
-    whole = {name: value.contiguous() for name, value in tensors.items()}
-    return save(whole, {**about, "xxh3": _bits(whole)})
+def to_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return the bytes of a safetensors file with a checksum in its metadata."""
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
+    return save(contiguous, {**metadata, "xxh3": _checksum(contiguous)})
 
 
-def unpacked(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and texts in a file; a damaged one is a ValueError that names it."""
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a file.
+
+    Raises:
+        ValueError: the file is damaged; the message names it.
+    """
+    tensors: dict[str, Tensor] = {}
     try:
         with safe_open(path, "pt") as file:
-            tensors, about = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            metadata = file.metadata() or {}
+            for name in file.keys():  # noqa: SIM118
+                tensors[name] = file.get_tensor(name)
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable file of tensors ({error})") from None
-    if about.get("xxh3") != _bits(tensors):
-        raise ValueError(f"{path}: its checksum does not fit its tensors; delete it and make it again")
-    return tensors, about
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    if metadata.get("xxh3") != _checksum(tensors):
+        raise ValueError(
+            f"{path}: its checksum does not match its tensors; delete it and write it again"
+        )
+    return tensors, metadata
 
 
 def save_nested(value: Any, file: BinaryIO) -> None:
-    """Write a nested value as torch.save does, but let the operating system's error through, a full disk say."""
+    """Write a nested value as torch.save does, but raise the operating system's own error.
+
+    For example the error of a full disk, which torch's writer hides.
+    """
     try:
         torch.save(value, file)
-    except RuntimeError as error:  # raised by torch's writer when it is closed in the middle
+    except RuntimeError as error:  # raised by torch's writer when it is closed halfway
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__context__

@@ -1,1 +1,1 @@
-"""How it learns: the training step, objectives, time laws, callbacks, and the jobs around them."""
+"""Training: the training step, objectives, callbacks, and the jobs around them."""

@@ -1,7 +1,7 @@
-"""Training a small AutoencoderKL: reconstruction and a light pull of the latents to a standard normal."""
+"""Training of a small AutoencoderKL: reconstruction, and a weak KL of latents to N(0, 1)."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusers import AutoencoderKL
 from lightning.pytorch import LightningModule
@@ -9,20 +9,32 @@ from torch import Tensor
 
 from data.batch import Batch
 from data.files import atomic_folder
-from models import codec, teacher
-from trainer.draws import Draws
+from models.checkpoint import CODEC, FORMAT
+from models.codec import save_codec
+from trainer.step_random import StepRandom
+
+
+class AutoencoderLosses(NamedTuple):
+    """The two parts of the loss, scalars."""
+
+    mse: Tensor  # squared error per pixel
+    kl: Tensor  # KL to N(0, 1), in nats per latent number
 
 
 class Autoencoder(LightningModule):
-    """A diffusers AutoencoderKL (Latent Diffusion, 2112.10752), trained with mean squared error and KL.
+    """A diffusers AutoencoderKL, trained with mean squared error and KL.
+
+    Latent Diffusion, Rombach et al. 2021 (arXiv 2112.10752).
 
     Args:
         image_channels: 1 for grey, 3 for RGB.
         latent_channels: channels of the latents.
-        block_out_channels: channels at each resolution; each but the last halves height and width.
+        block_out_channels: channels at each resolution; each but the last halves height and
+            width.
         layers_per_block: residual layers at each resolution.
         norm_num_groups: groups of the group norms, a divisor of all block_out_channels.
-        kl_weight: weight of the KL to N(0, 1), in nats per latent number, beside the squared error per pixel.
+        kl_weight: weight of the KL to N(0, 1), in nats per latent number, relative to the squared
+            error per pixel.
     """
 
     def __init__(
@@ -48,34 +60,46 @@ class Autoencoder(LightningModule):
         )
 
     def training_step(self, batch: Batch, _: int) -> dict[str, Tensor]:
-        """Reconstruct from a draw of the posterior, whose noise is keyed like every other draw."""
-        error, kl = self.losses(batch)
-        return {"loss": error + self.kl_weight * kl, "mse": error.detach(), "kl": kl.detach()}
+        """Return the loss of a batch, with its two parts."""
+        mse, kl = self.losses(batch)
+        return {"loss": mse + self.kl_weight * kl, "mse": mse.detach(), "kl": kl.detach()}
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        """The same on held-out images."""
-        error, kl = self.losses(batch)
-        self.log("heldout_loss", error + self.kl_weight * kl, sync_dist=True, batch_size=len(batch.x))
+        """Log the loss of held-out images."""
+        mse, kl = self.losses(batch)
+        loss = mse + self.kl_weight * kl
+        self.log("heldout_loss", loss, sync_dist=True, batch_size=len(batch.x))
 
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the squared error per pixel, and the KL per latent number."""
+    def losses(self, batch: Batch) -> AutoencoderLosses:
+        """Return the two parts of the loss, reconstructing from a sample of the posterior."""
+        # The noise is keyed like all random numbers of a training step.
         posterior = self.vae.encode(batch.x).latent_dist
-        latent = posterior.mean + posterior.std * Draws(batch).noise(posterior.mean)
-        error = (self.vae.decode(latent).sample - batch.x).square().mean()
-        return error, (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean() / 2
+        noise = StepRandom(batch).noise(posterior.mean)
+        latent = posterior.mean + posterior.std * noise
+        reconstruction = self.vae.decode(latent).sample
+        mse = (reconstruction - batch.x).square().mean()
+        nats = posterior.mean.square() + posterior.var - 1 - posterior.logvar
+        return AutoencoderLosses(mse, nats.mean() / 2)
 
     def _spec(self) -> dict[str, Any]:
-        plain = {key: value for key, value in self.vae.config.items() if not key.startswith("_")}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+        """Return the autoencoder's configuration as plain values."""
+        spec = {}
+        for key, value in self.vae.config.items():
+            if not key.startswith("_"):
+                spec[key] = list(value) if isinstance(value, tuple) else value
+        return spec
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume a run with another model."""
+        """Check that the resumed run has this model."""
         if checkpoint["rectify"].get("autoencoder") != self._spec():
-            raise ValueError(f"{self.trainer.default_root_dir}: holds a run of another model; choose another --out")
+            raise ValueError(
+                f"{self.trainer.default_root_dir}: holds a run of another model; choose another "
+                "--out"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Mark the checkpoint as ours, and write the diffusers folder `codec/` that other stages read."""
-        checkpoint["rectify"] = {"format": teacher.FORMAT, "autoencoder": self._spec()}
+        """Record the model, and write the diffusers folder `codec/` for later stages."""
+        checkpoint["rectify"] = {"format": FORMAT, "autoencoder": self._spec()}
         if self.trainer.is_global_zero:
-            with atomic_folder(Path(self.trainer.default_root_dir) / "codec") as folder:
-                codec.save(self.vae, folder)
+            with atomic_folder(Path(self.trainer.default_root_dir) / CODEC) as folder:
+                save_codec(self.vae, folder)

@@ -1,15 +1,23 @@
-"""Sets of webdataset shards: tars of fixed index ranges, each with offsets and a checksum, and a manifest last.
+"""Sets of webdataset shards: tars of fixed index ranges, each with offsets and checksums.
 
-set/plan.json       what the set is to be (kind, count, provenance), written first
+set/plan.json       what the set will be (kind, count, provenance), written first
 set/000000.tar      samples, readable by any webdataset
-set/000000.npy      their offsets, (samples, fields, 2): start and length of each field in the tar
-set/000000.json     count, bytes, sha256: a shard without this one is not finished
-set/manifest.json   the plan and the list of shards: a set without this one is not finished
+set/000000.npy      offsets, (samples, fields, 3): start, length and xxh3 of each member of the tar
+set/000000.json     count, bytes, checksums: a shard without this record is not finished
+set/manifest.json   the plan and the list of shards: a set without its manifest is not finished
 """
 
 from data.shards.manifest import read_manifest
 from data.shards.order import Order, order
-from data.shards.read import ShardReader, decode_array
-from data.shards.write import ShardWriter, encode_array
+from data.shards.read import ShardReader, npy_to_array
+from data.shards.write import ShardWriter, array_to_npy
 
-__all__ = ["Order", "ShardReader", "ShardWriter", "decode_array", "encode_array", "order", "read_manifest"]
+__all__ = [
+    "Order",
+    "ShardReader",
+    "ShardWriter",
+    "array_to_npy",
+    "npy_to_array",
+    "order",
+    "read_manifest",
+]

@@ -1,4 +1,4 @@
-"""Claims: processes that come, go and differ in speed share the shards of a set through files in its folder."""
+"""Claims: processes that come, go and differ in speed share the shards of a set by claim files."""
 
 import os
 import secrets
@@ -12,32 +12,36 @@ from data.shards.write import ShardWriter
 
 
 class Claims:
-    """Claim files with leases: the owner renews its claim; one that was not renewed for `lease` seconds may be taken over.
+    """Claim files with a lease, in the folder of a set.
 
-    Two owners of one shard would do no harm, as both write the same bytes under a temporary name: claims only save work.
+    A process renews its claim; another one may take over a claim that was not renewed for `lease`
+    seconds. Claims only save work: if two processes make the same shard, both write the same bytes
+    under a temporary name.
 
     Args:
-        folder: of the set; the claims lie in a hidden folder in it.
-        lease: seconds.
+        folder: the set. The claims are in a hidden folder in it.
+        lease: seconds, at least 0.1.
     """
 
     def __init__(self, folder: Path, lease: float):
         if lease < 0.1:
-            raise ValueError(f"lease: {lease} seconds, it must be at least 0.1 (0 for none)")
-        self.folder, self.lease = folder / ".claims", lease
+            raise ValueError(f"lease is {lease} seconds; it must be at least 0.1 (0 for none)")
+        self.folder = folder / ".claims"
+        self.lease = lease
         self.folder.mkdir(parents=True, exist_ok=True)
         self.held: Path | None = None
         self.ended = threading.Event()
         threading.Thread(target=self._renew, daemon=True).start()
 
     def take(self, number: int) -> bool:
-        """Claim a shard, and tell whether it worked."""
+        """Claim a shard; return whether it worked."""
         path = self.folder / f"{number:06d}"
         if not self._create(path):
-            with suppress(FileNotFoundError):  # dropped meanwhile
+            # Remove a stale claim. Of several processes that try it, one succeeds.
+            with suppress(FileNotFoundError):  # the claim was dropped meanwhile
                 if self._now() - path.stat().st_mtime < self.lease:
                     return False
-                stale = path.rename(self.folder / f"stale-{secrets.token_hex(8)}")  # of several takers one succeeds
+                stale = path.rename(self.folder / f"stale-{secrets.token_hex(8)}")
                 stale.unlink()
             if not self._create(path):
                 return False
@@ -45,28 +49,31 @@ class Claims:
         return True
 
     def drop(self) -> None:
-        """Give the claim back."""
-        held, self.held = self.held, None
+        """Give up the claim that is held."""
+        held = self.held
+        self.held = None
         if held:
             held.unlink(missing_ok=True)
 
     def end(self) -> None:
-        """Stop renewing, and remove the folder if nobody else needs it."""
+        """Stop renewing, and remove the folder if no other process uses it."""
         self.ended.set()
         self.drop()
-        with suppress(OSError):  # others' claims are in it
+        with suppress(OSError):  # it holds claims of others
             self.folder.rmdir()
 
     def _create(self, path: Path) -> bool:
+        """Create a claim; return False if another process holds it."""
         try:
-            self.folder.mkdir(exist_ok=True)  # the last but one may just have removed it
+            self.folder.mkdir(exist_ok=True)  # another process may just have removed it
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except (FileExistsError, FileNotFoundError):  # somebody's; or the folder went just now, with the last of the work
+        except (FileExistsError, FileNotFoundError):
+            # The claim exists, or the folder was removed with the last of the work.
             return False
         return True
 
     def _now(self) -> float:
-        """Return the time by the clock that stamps the claims: the file server's."""
+        """Return the time of the clock that stamps the claims: the file server's."""
         probe = self.folder / f"now-{secrets.token_hex(8)}"
         probe.touch()
         stamp = probe.stat().st_mtime
@@ -75,23 +82,27 @@ class Claims:
 
     def _renew(self) -> None:
         while not self.ended.wait(self.lease / 4):
-            if held := self.held:
-                with suppress(FileNotFoundError):  # dropped just now, or taken over while this process slept
+            held = self.held
+            if held:
+                # The claim may be dropped just now, or taken over while this process slept.
+                with suppress(FileNotFoundError):
                     os.utime(held)
 
 
-def claimed(shards: ShardWriter, first: int, lease: float) -> Iterator[tuple[int, bool]]:
-    """Yield (number, True) of each shard that this process is to make, and (number, False) as others finish theirs.
+def claim_shards(shards: ShardWriter, first: int, lease: float) -> Iterator[tuple[int, bool]]:
+    """Yield (number, True) for each shard to make, and (number, False) as others finish theirs.
 
-    It ends when all are finished: the shard of a process that died is made by one that is still there.
+    It ends when all shards are finished. The shard of a process that died is made by another one.
 
     Args:
         shards: the set.
-        first: number to begin with, another one for each process, so that they seldom want the same.
-        lease: seconds after which a claim that was not renewed is taken over.
+        first: number to begin with. Processes seldom collide if each begins with another one.
+        lease: seconds after which a claim that was not renewed may be taken over.
     """
-    claims, left = Claims(shards.folder, lease), list(shards.numbers())
-    left = left[first % len(left) :] + left[: first % len(left)]
+    claims = Claims(shards.folder, lease)
+    numbers = list(shards.numbers())
+    first = first % len(numbers)
+    left = numbers[first:] + numbers[:first]
     try:
         while left:
             before = len(left)
@@ -100,11 +111,12 @@ def claimed(shards: ShardWriter, first: int, lease: float) -> Iterator[tuple[int
                     left.remove(number)
                     yield number, False
                 elif claims.take(number):
-                    if not shards.finished(number):  # by its last owner, since the look above
+                    # Its previous owner may have finished it since it was tested above.
+                    if not shards.finished(number):
                         yield number, True
                     claims.drop()
                     left.remove(number)
             if len(left) == before:
-                time.sleep(min(1.0, lease / 4))  # all that is left is being made by others
+                time.sleep(min(1.0, lease / 4))  # others are making all that is left
     finally:
         claims.end()

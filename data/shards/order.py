@@ -1,4 +1,4 @@
-"""The order in which samples are seen: a pure function of (seed, epoch, position), so that resume is one integer."""
+"""The order of samples: a pure function of (seed, epoch, position), resumed by one integer."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -8,53 +8,78 @@ import numpy as np
 
 from data.noise import permutation
 
-BLOCK = 16  # shards whose samples are shuffled together: locality on disk, and memory that does not grow with the set
+# Samples are shuffled within groups of shards: reads stay local on disk, and the memory needed
+# does not grow with the set.
+SHARDS_PER_BLOCK = 16
 
 
 class Order:
-    """Shards are permuted in every epoch, then samples within blocks of shards. Nothing is kept per sample.
+    """A shuffled order of all samples for every epoch.
+
+    Each epoch permutes the shards, then the samples within blocks of shards. Nothing is stored per
+    sample.
 
     Args:
         counts: samples in each shard.
         seed: of the order.
-        kept: indices of the samples that are shown, rising, of which `counts` are in each shard; None: all.
+        kept: ascending indices of the samples in the order; `counts` of them are in each shard.
+            None: all samples.
     """
 
-    def __init__(self, counts: Sequence[int] | np.ndarray, seed: int, kept: np.ndarray | None = None):
-        self.counts, self.seed, self.kept = np.asarray(counts, dtype=np.int64), seed, kept
+    def __init__(
+        self, counts: Sequence[int] | np.ndarray, seed: int, kept: np.ndarray | None = None
+    ):
+        self.counts = np.asarray(counts, dtype=np.int64)
+        self.seed = seed
+        self.kept = kept
         self.total = int(self.counts.sum())
         self.starts = np.cumsum(self.counts) - self.counts
         self._epoch = lru_cache(maxsize=2)(self._shuffle_shards)
         self._block = lru_cache(maxsize=2)(self._shuffle_block)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Order, (self.counts, self.seed, self.kept)  # caches stay here
+        return Order, (self.counts, self.seed, self.kept)  # without the caches
 
     def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shards of an epoch in order, and the position at which each block ends."""
         shards = permutation(len(self.counts), self.seed, epoch, 0)
-        return shards, np.cumsum(np.add.reduceat(self.counts[shards], np.arange(0, len(shards), BLOCK)))
+        first_of_block = np.arange(0, len(shards), SHARDS_PER_BLOCK)
+        sizes = np.add.reduceat(self.counts[shards], first_of_block)
+        return shards, np.cumsum(sizes)
 
     def _shuffle_block(self, epoch: int, block: int) -> np.ndarray:
-        members = self._epoch(epoch)[0][block * BLOCK : (block + 1) * BLOCK]
-        samples = np.concatenate([np.arange(self.starts[s], self.starts[s] + self.counts[s]) for s in members])
+        """Return the samples of a block in order."""
+        first = block * SHARDS_PER_BLOCK
+        shards = self._epoch(epoch)[0][first : first + SHARDS_PER_BLOCK]
+        of_shards = []
+        for shard in shards:
+            start = self.starts[shard]
+            of_shards.append(np.arange(start, start + self.counts[shard]))
+        samples = np.concatenate(of_shards)
         return samples[permutation(len(samples), self.seed, epoch, 1 + block)]
 
     def indices(self, position: int, count: int) -> np.ndarray:
-        """Return the indices at `count` positions of the endless sequence of epochs, from `position` on."""
+        """Return the indices of `count` samples from a position in the sequence of all epochs."""
         parts: list[np.ndarray] = []
         while count > 0:
             epoch, within = divmod(position, self.total)
             ends = self._epoch(epoch)[1]
             block = int(np.searchsorted(ends, within, side="right"))
             samples = self._block(epoch, block)
-            part = samples[within - int(ends[block]) :][:count]  # counted from the block's end
+            from_end = within - int(ends[block])  # negative: counted from the end of the block
+            part = samples[from_end:][:count]
             parts.append(part)
-            position, count = position + len(part), count - len(part)
+            position += len(part)
+            count -= len(part)
         found = np.concatenate(parts) if parts else np.empty(0, np.int64)
         return found if self.kept is None else self.kept[found]
 
 
 def order(manifest: dict[str, Any], seed: int, epoch: int, start: int, count: int) -> np.ndarray:
-    """Return the indices of `count` samples from position `start` of an epoch on (running into the next ones)."""
-    whole = Order([shard["count"] for shard in manifest["shards"]], seed)
-    return whole.indices(epoch * whole.total + start, count)
+    """Return the indices of `count` samples from position `start` of an epoch.
+
+    They continue into the next epoch where this one ends.
+    """
+    counts = [shard["count"] for shard in manifest["shards"]]
+    endless = Order(counts, seed)
+    return endless.indices(epoch * endless.total + start, count)

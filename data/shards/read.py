@@ -1,8 +1,9 @@
-"""Reading sets in O(1) by offset, through memory maps, a whole batch in one strided copy.
+"""Reading sets by offset through memory maps, a batch in one strided copy.
 
-A shard and its offsets are verified when it is first opened, or every sample whenever it is read (`verify`).
+A shard and its offsets are verified when the shard is first opened, or each sample when it is read.
 """
 
+import ast
 import mmap
 from bisect import bisect_right
 from collections import OrderedDict
@@ -16,45 +17,55 @@ import xxhash
 from numpy.lib.stride_tricks import as_strided
 
 from data.cache import Cache
-from data.files import naming, parse_sealed
+from data.files import errors_named, parse_checksummed_json
 from data.shards.manifest import read_manifest
-from data.shards.write import BLOCK, split_name
+from data.shards.write import TAR_BLOCK, split_name
 
-OPEN = 64  # shards kept mapped at once: a map holds a file descriptor
+MAX_OPEN_SHARDS = 64  # each holds two file descriptors
 
 
 @lru_cache(maxsize=64)
-def _header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
+def _parse_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     """Parse an .npy header, once for all samples that share it."""
-    import ast
-
     fields = ast.literal_eval(header.decode("latin1"))
     dtype = np.dtype(fields["descr"])
-    if dtype.hasobject or fields["fortran_order"]:
-        raise ValueError(f"an array of {dtype} (Fortran order: {fields['fortran_order']}) is not read from shards")
+    fortran = fields["fortran_order"]
+    if dtype.hasobject or fortran:
+        raise ValueError(
+            f"an array of {dtype} (Fortran order: {fortran}) cannot be read from shards; "
+            "only plain types in C order can"
+        )
     return dtype, fields["shape"]
 
 
-def decode_arrays(data: np.ndarray) -> np.ndarray:
-    """Return the arrays in .npy bytes with one common header, (B, n) uint8 -> (B, ...), without a copy."""
+def npy_to_arrays(data: np.ndarray) -> np.ndarray:
+    """Return the arrays in .npy bytes with one common header, without a copy.
+
+    Args:
+        data: .npy bytes of each sample, (B, n) uint8.
+
+    Returns:
+        The arrays, (B, ...).
+    """
     raw = data[0, :10].tobytes()
     if raw[:6] != b"\x93NUMPY" or raw[6] != 1:
         raise ValueError("not an .npy array of version 1")
     start = 10 + int.from_bytes(raw[8:10], "little")
     if (data[:, :start] != data[0, :start]).any():
         raise ValueError("arrays of different shapes or types in one batch")
-    dtype, shape = _header(data[0, 10:start].tobytes())
-    return data[:, start:].view(dtype).reshape(len(data), *shape)
+    dtype, shape = _parse_header(data[0, 10:start].tobytes())
+    values = data[:, start:].view(dtype)
+    return values.reshape(len(data), *shape)
 
 
-def decode_array(data: np.ndarray) -> np.ndarray:
-    """Return the array in .npy bytes (uint8 view), without a copy."""
-    return decode_arrays(data[None])[0]
+def npy_to_array(data: np.ndarray) -> np.ndarray:
+    """Return the array in .npy bytes (uint8), without a copy."""
+    return npy_to_arrays(data[None])[0]
 
 
-def mapping(place: str, opened: BinaryIO, flags: int = 0) -> mmap.mmap:
-    """Map a file into memory, to be read only, and close it."""
-    with opened as file, naming(place):
+def map_file(name: str, file: BinaryIO, flags: int = 0) -> mmap.mmap:
+    """Map a file into memory for reading, and close it."""
+    with file, errors_named(name):
         return mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED | flags, mmap.PROT_READ)
 
 
@@ -62,87 +73,147 @@ class Shard:
     """One mapped tar and its offsets.
 
     Args:
-        tar: the file (a path, or a URL that is fetched into the cache), its offsets beside it.
+        tar: the file, or its URL; its offsets are beside it. Remote files go through the cache.
         record: its entry in the manifest.
         verified: skip the checksums, which were compared before.
+
+    Raises:
+        ValueError: a checksum differs, or the offsets do not fit the tar.
     """
 
     def __init__(self, tar: str, record: dict[str, Any], verified: bool):
-        beside = f"{tar.removesuffix('.tar')}.npy"
-        self.tar, self.fields = tar, {name: column for column, name in enumerate(record["fields"])}
-        populate = 0 if verified else mmap.MAP_POPULATE  # all of it is about to be read
-        places = ((tar, record["xxh3"]), (beside, record["offsets"]))
-        mapped, index = (mapping(place, Cache().open(place, wanted), populate) for place, wanted in places)
-        for (place, wanted), data in () if verified else zip(places, (mapped, index)):
-            if xxhash.xxh3_128_hexdigest(data) != wanted:
-                Cache().forget(place, wanted)  # a fetched one is fetched anew by the next run
-                raise ValueError(f"{place}: its checksum is not the manifest's; restore it or make the set again")
-        with naming(beside):
-            self.data, self.offsets = np.frombuffer(mapped, np.uint8), decode_array(np.frombuffer(index, np.uint8))
-        if self.offsets.shape != (record["count"], len(self.fields), 3) or self.offsets.dtype != np.int64:
-            raise ValueError(f"{beside}: offsets {self.offsets.dtype} {self.offsets.shape} do not fit the manifest")
-        starts, lengths, _ = np.moveaxis(self.offsets, -1, 0)
-        there, limit = lengths >= 0, len(self.data) - BLOCK
-        outside = (starts % BLOCK > 0) | (starts < BLOCK) | (starts > limit) | (lengths > limit - starts)
-        if outside[there].any() or not there.any(1).all():
-            raise ValueError(f"{beside}: its offsets do not fit {record['name']}; make the set again")
-        self.shortest, self.longest = lengths.min(0).tolist(), lengths.max(0).tolist()
+        self.tar = tar
+        self.fields = {field: column for column, field in enumerate(record["fields"])}
         self._views: dict[int, np.ndarray] = {}
 
-    def gather(self, field: str, rows: np.ndarray, verify: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return a field's bytes of some rows, (B, longest), and their lengths (B,): one strided copy.
+        # Map both files. If they are not verified yet, all their bytes are about to be read.
+        offsets_path = f"{tar.removesuffix('.tar')}.npy"
+        populate = 0 if verified else mmap.MAP_POPULATE
+        tar_map = map_file(tar, Cache().open(tar, record["xxh3"]), populate)
+        offsets_file = Cache().open(offsets_path, record["offsets"])
+        offsets_map = map_file(offsets_path, offsets_file, populate)
+        if not verified:
+            _check_map(tar, tar_map, record["xxh3"])
+            _check_map(offsets_path, offsets_map, record["offsets"])
 
-        Members of a tar begin at multiples of 512, so that they are rows of a strided view.
+        # Read the offsets.
+        with errors_named(offsets_path):
+            self.data = np.frombuffer(tar_map, np.uint8)
+            self.offsets = npy_to_array(np.frombuffer(offsets_map, np.uint8))
+        expected = (record["count"], len(self.fields), 3)
+        if self.offsets.shape != expected or self.offsets.dtype != np.int64:
+            raise ValueError(
+                f"{offsets_path}: the offsets are {self.offsets.dtype} {self.offsets.shape}, by "
+                f"the manifest they must be int64 {expected}; make the set again"
+            )
+        self._check_offsets(offsets_path, record["name"])
+        lengths = self.offsets[..., 1]
+        self.shortest = lengths.min(0).tolist()
+        self.longest = lengths.max(0).tolist()
+
+    def _check_offsets(self, path: str, tar: str) -> None:
+        """Check that all offsets lie in the tar, and that every sample has a field."""
+        starts = self.offsets[..., 0]
+        lengths = self.offsets[..., 1]
+        present = lengths >= 0
+        limit = len(self.data) - TAR_BLOCK
+        outside = (starts % TAR_BLOCK > 0) | (starts < TAR_BLOCK) | (starts > limit)
+        outside |= lengths > limit - starts
+        if outside[present].any() or not present.any(1).all():
+            raise ValueError(f"{path}: its offsets do not fit {tar}; make the set again")
+
+    def gather(self, field: str, rows: np.ndarray, verify: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Return a field of some samples: their bytes, (B, longest), and their lengths, (B,).
+
+        Members of a tar begin at multiples of 512, so they are rows of one strided view, and
+        the bytes are one copy.
+
+        Args:
+            field: name of the field.
+            rows: of the offsets, one for each sample.
+            verify: compare the checksum of each sample.
         """
         if field not in self.fields:
             raise ValueError(f"{self.tar}: has no .{field}, only {', '.join(self.fields)}")
         column = self.fields[field]
-        starts, lengths, sums = self.offsets[rows, column].T
-        shortest, longest = self.shortest[column], self.longest[column]
-        if shortest < 0 or (longest > BLOCK and shortest < longest):
-            raise ValueError(f"{self.tar}: .{field} is missing in some samples, or has several lengths; they make no batch")
-        data = self._windows(longest)[starts // BLOCK]
-        for row, length, wanted in zip(data, lengths, sums.view(np.uint64)) if verify else ():
-            self._verify(row[:length], wanted)
+        shortest = self.shortest[column]
+        longest = self.longest[column]
+        if shortest < 0 or (longest > TAR_BLOCK and shortest < longest):
+            raise ValueError(
+                f"{self.tar}: .{field} is missing in some samples or differs in length; "
+                "such samples cannot be joined to a batch"
+            )
+        starts, lengths, checksums = self.offsets[rows, column].T
+        data = self._windows(longest)[starts // TAR_BLOCK]
+        if verify:
+            for bytes_, length, xxh3 in zip(data, lengths, checksums.view(np.uint64)):
+                self._verify(bytes_[:length], xxh3)
         return data, lengths
 
     def _windows(self, width: int) -> np.ndarray:
+        """Return a view of the tar with a row of `width` bytes from every multiple of 512."""
         if width not in self._views:
-            shape = (len(self.data) - width) // BLOCK + 1, width
-            self._views[width] = as_strided(self.data, shape, (BLOCK, 1), writeable=False)
+            rows = (len(self.data) - width) // TAR_BLOCK + 1
+            view = as_strided(self.data, (rows, width), (TAR_BLOCK, 1), writeable=False)
+            self._views[width] = view
         return self._views[width]
 
     def sample(self, row: int, verify: bool) -> dict[str, Any]:
-        """Return {"__key__": name, field: uint8 view} of one row."""
+        """Return {"__key__": name, field: uint8 view} of one sample, by its row of the offsets."""
         spans = self.offsets[row].tolist()
-        header = max(span[0] for span in spans) - BLOCK  # of any field that is there: the name stands first
-        name = bytes(self.data[header : header + 100]).partition(b"\0")[0].decode(errors="replace")
-        sample: dict[str, Any] = {"__key__": (split_name(name) or (name, ""))[0]}
-        for field, (start, length, wanted) in zip(self.fields, spans):
+
+        # The name is at the beginning of the header before any member that is present.
+        header = max(start for start, _, _ in spans) - TAR_BLOCK
+        text, *_ = bytes(self.data[header : header + 100]).partition(b"\0")
+        name = text.decode(errors="replace")
+        split = split_name(name)
+        sample: dict[str, Any] = {"__key__": split[0] if split else name}
+
+        for field, (start, length, xxh3) in zip(self.fields, spans):
             if start >= 0:
                 sample[field] = self.data[start : start + length]
                 if verify:
-                    self._verify(sample[field], wanted % 2**64)
+                    self._verify(sample[field], xxh3 % 2**64)
         return sample
 
-    def _verify(self, data: np.ndarray, wanted: int) -> None:
-        if xxhash.xxh3_64_intdigest(data.data) != wanted:
-            raise ValueError(f"{self.tar}: a sample's checksum is not the recorded one; restore it or make the set again")
+    def _verify(self, data: np.ndarray, xxh3: int) -> None:
+        if xxhash.xxh3_64_intdigest(data.data) != xxh3:
+            raise ValueError(
+                f"{self.tar}: the checksum of a sample is not the recorded one; "
+                "restore the shard or make the set again"
+            )
+
+
+def _check_map(path: str, mapped: mmap.mmap, xxh3: str) -> None:
+    """Compare the checksum of a mapped file with the manifest's."""
+    if xxhash.xxh3_128_hexdigest(mapped) != xxh3:
+        Cache().forget(path, xxh3)  # so that the next run downloads it again
+        raise ValueError(
+            f"{path}: its checksum is not the manifest's; restore it or make the set again"
+        )
 
 
 class ShardReader:
-    """Random access to a finished set: `len(reader)`, `reader[i] -> {"__key__": name, field: uint8 view}`.
+    """Random access to a finished set.
+
+    `len(reader)` is the number of samples, `reader[i]` is {"__key__": name, field: uint8 view}.
 
     Args:
-        folder: the set, or its URL (s3, gs, hf, http, https): a shard is fetched into the cache when it is first opened.
-        kind: refuse a set of another kind.
-        verify: compare checksums of a shard when it is first opened, or also of every sample when it is read.
+        folder: the set, or its URL (s3, gs, hf, http, https). A remote shard is downloaded into the
+            cache when it is first opened.
+        kind: required kind of the samples.
+        verify: compare the checksums of a shard when it is first opened ("open"), and of each
+            sample too when it is read ("read").
     """
 
-    def __init__(self, folder: str | Path, kind: str | None = None, verify: Literal["open", "read"] = "open"):
-        self.folder, self.verify = str(folder).rstrip("/"), verify == "read"
+    def __init__(
+        self, folder: str | Path, kind: str | None = None, verify: Literal["open", "read"] = "open"
+    ):
+        self.folder = str(folder).rstrip("/")
+        self.verify = verify == "read"
         self.manifest = read_manifest(folder, kind)
-        self.ends: list[int] = np.cumsum([shard["count"] for shard in self.manifest["shards"]]).tolist()
+        counts = [shard["count"] for shard in self.manifest["shards"]]
+        self.ends: list[int] = np.cumsum(counts).tolist()
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._verified: set[int] = set()
 
@@ -151,72 +222,102 @@ class ShardReader:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         if not 0 <= i < self.ends[-1]:
-            raise IndexError(f"{self.folder}: index {i} outside [0, {len(self)})")
+            raise IndexError(f"{self.folder}: index {i} is outside [0, {len(self)})")
         number = bisect_right(self.ends, i)
         shard = self._shard(number)
-        return shard.sample(i - self.ends[number] + len(shard.offsets), self.verify)
+        row = i - self.ends[number] + len(shard.offsets)
+        return shard.sample(row, self.verify)
 
     def arrays(self, field: str, indices: np.ndarray) -> np.ndarray:
         """Return the .npy arrays of a field at these indices, in this order, (B, ...)."""
 
         def decode(shard: Shard, rows: np.ndarray) -> np.ndarray:
-            with naming(shard.tar):
-                return decode_arrays(shard.gather(field, rows, self.verify)[0])
+            with errors_named(shard.tar):
+                data, _ = shard.gather(field, rows, self.verify)
+                return npy_to_arrays(data)
 
-        return self._together(indices, decode)
+        return self._read(indices, decode)
 
     def numbers(self, field: str, indices: np.ndarray) -> np.ndarray:
-        """Return the whole numbers written as text in a field at these indices, (B,) int64."""
+        """Return the whole numbers that a field holds as text at these indices, (B,) int64."""
 
         def parse(shard: Shard, rows: np.ndarray) -> np.ndarray:
             data, lengths = shard.gather(field, rows, self.verify)
-            text = np.where(np.arange(data.shape[1]) < lengths[:, None], data, 0).astype(np.uint8)
-            if not (((text >= ord("0")) & (text <= ord("9"))) == (text > 0)).all() or not lengths.all():
+            width = data.shape[1]
+            text = np.where(np.arange(width) < lengths[:, None], data, 0).astype(np.uint8)
+            digits = (text >= ord("0")) & (text <= ord("9"))
+            if not (digits == (text > 0)).all() or not lengths.all():
                 raise ValueError(f"{shard.tar}: .{field} is not a whole number in every sample")
-            return text.view(f"S{data.shape[1]}")[:, 0].astype(np.int64)
+            return text.view(f"S{width}")[:, 0].astype(np.int64)
 
-        return self._together(indices, parse)
+        return self._read(indices, parse)
 
     def record(self, number: int) -> dict[str, Any]:
-        """Return a shard's own record, the file beside it, which may say more than the manifest.
+        """Return the record beside a shard, which may hold more than its entry in the manifest.
 
         Raises:
-            ValueError: it is damaged, or another shard's.
+            ValueError: it is damaged, or the record of another shard.
         """
         entry = self.manifest["shards"][number]
-        place = f"{self.folder}/{entry['name'].removesuffix('.tar')}.json"
-        record = parse_sealed(Cache().read(place), place)
+        path = f"{self.folder}/{entry['name'].removesuffix('.tar')}.json"
+        record = parse_checksummed_json(Cache().read(path), path)
         if record.get("sha256") != entry["sha256"]:
-            raise ValueError(f"{place}: is not the record of the shard in the manifest; restore it or make the set again")
+            raise ValueError(
+                f"{path}: is not the record of the shard in the manifest; "
+                "restore it or make the set again"
+            )
         return record
 
-    def _together(self, indices: np.ndarray, read: Callable[[Shard, np.ndarray], np.ndarray]) -> np.ndarray:
-        """Read from each shard at once, and put the parts back into the order of the indices."""
+    def _read(
+        self, indices: np.ndarray, read: Callable[[Shard, np.ndarray], np.ndarray]
+    ) -> np.ndarray:
+        """Read from each shard once, and return the results in the order of the indices."""
         if len(indices) == 0 or indices.min() < 0 or indices.max() >= self.ends[-1]:
-            raise IndexError(f"{self.folder}: no indices, or some outside [0, {len(self)})")
+            raise IndexError(f"{self.folder}: no indices, or some are outside [0, {len(self)})")
         numbers = np.searchsorted(self.ends, indices, side="right")
+
+        # All in one shard: nothing to put together.
         if numbers[0] == numbers[-1] and (numbers == numbers[0]).all():
-            shard = self._shard(int(numbers[0]))
-            return read(shard, indices - self.ends[numbers[0]] + len(shard.offsets))
-        out, order = None, np.argsort(numbers, kind="stable")
-        for places in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
-            number = int(numbers[places[0]])
-            shard = self._shard(number)
-            part = read(shard, indices[places] - self.ends[number] + len(shard.offsets))
-            out = np.empty((len(indices), *part.shape[1:]), part.dtype) if out is None else out
+            _, part = self._read_shard(int(numbers[0]), indices, read)
+            return part
+
+        # Group the indices by shard, and write the part of each shard where it belongs.
+        out: np.ndarray | None = None
+        by_shard = np.argsort(numbers, kind="stable")
+        boundaries = np.flatnonzero(np.diff(numbers[by_shard])) + 1
+        for positions in np.split(by_shard, boundaries):
+            number = int(numbers[positions[0]])
+            tar, part = self._read_shard(number, indices[positions], read)
+            if out is None:
+                out = np.empty((len(indices), *part.shape[1:]), part.dtype)
             if out.shape[1:] != part.shape[1:] or out.dtype != part.dtype:
-                raise ValueError(f"{shard.tar}: holds {part.dtype} {part.shape[1:]}, other shards {out.dtype} {out.shape[1:]}")
-            out[places] = part
+                raise ValueError(
+                    f"{tar}: holds {part.dtype} {part.shape[1:]}, "
+                    f"but other shards {out.dtype} {out.shape[1:]}; make the set again"
+                )
+            out[positions] = part
         assert out is not None
         return out
 
+    def _read_shard(
+        self,
+        number: int,
+        indices: np.ndarray,
+        read: Callable[[Shard, np.ndarray], np.ndarray],
+    ) -> tuple[str, np.ndarray]:
+        """Read samples of one shard by their global indices; return its name and the result."""
+        shard = self._shard(number)
+        rows = indices - self.ends[number] + len(shard.offsets)
+        return shard.tar, read(shard, rows)
+
     def _shard(self, number: int) -> Shard:
-        """Return a mapped shard; the least recently used ones are let go."""
+        """Return a mapped shard, and close the least recently used one beyond the limit."""
         if number not in self._open:
-            record = self.manifest["shards"][number]
-            self._open[number] = Shard(f"{self.folder}/{record['name']}", record, number in self._verified)
+            entry = self.manifest["shards"][number]
+            tar = f"{self.folder}/{entry['name']}"
+            self._open[number] = Shard(tar, entry, number in self._verified)
             self._verified.add(number)
-            if len(self._open) > OPEN:
+            if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return self._open[number]

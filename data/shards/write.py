@@ -1,4 +1,4 @@
-"""Writing sets: every shard is a unit of work that can be done by anyone, in any order, any number of times."""
+"""Writing sets. Any process can make any shard, in any order and any number of times."""
 
 import io
 import re
@@ -11,14 +11,24 @@ import numpy as np
 import xxhash
 from webdataset import TarWriter
 
-from data.files import atomic, canonical, checksum, digest, file_digest, read_json, sweep, write_json
+from data.files import (
+    atomic_file,
+    canonical,
+    checksum,
+    digest,
+    file_digest,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from data.shards.manifest import FORMAT, read_record
 
-BLOCK = 512  # of a tar: headers and members begin at its multiples
-OWN = ("stamp", "distances")  # of a shard's record: the manifest does without
+TAR_BLOCK = 512  # bytes; headers and members of a tar begin at multiples of it
+ONLY_IN_RECORDS = ("stamp", "distances")  # keys of a shard's record that the manifest leaves out
+Span = tuple[int, int, int]  # of a member of a tar: start, length, xxh3 as int64
 
 
-def encode_array(array: np.ndarray) -> bytes:
+def array_to_npy(array: np.ndarray) -> bytes:
     """Return an array as .npy bytes."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
@@ -26,74 +36,127 @@ def encode_array(array: np.ndarray) -> bytes:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Return (key, field) of a member's name, as webdataset splits it: at the first dot after the last slash."""
+    """Split a member's name into key and field, as webdataset does; None if it has no field.
+
+    The field begins after the first dot that follows the last slash.
+    """
     found = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", name)
-    return (found[1], found[2]) if found else None
+    if found is None:
+        return None
+    return found[1], found[2]
 
 
 def write_offsets(path: Path, offsets: np.ndarray) -> None:
-    """Write a shard's offsets."""
-    with atomic(path) as file:
-        file.write(encode_array(offsets))
+    """Write the offsets of a shard."""
+    with atomic_file(path) as file:
+        file.write(array_to_npy(offsets))
 
 
 def index_tar(path: Path) -> tuple[list[str], np.ndarray]:
-    """Return a tar's fields, and (samples, fields, 3) int64: start, length, xxh3 of every member; -1 where absent."""
-    samples: dict[str, dict[str, tuple[int, int, int]]] = {}
+    """Return the fields of a tar and its offsets, (samples, fields, 3) int64.
+
+    The offsets are start, length and xxh3 of every member, -1 where a sample lacks the field.
+
+    Raises:
+        ValueError: the tar is damaged or has sparse members.
+    """
+    # Find the members of each sample.
+    samples: dict[str, dict[str, Span]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             data = np.memmap(path, np.uint8, "r").data
             for member in tar:
                 if member.issparse():
-                    raise ValueError(f"{path}: {member.name} is stored sparsely; pack the tar again without --sparse")
-                if member.isfile() and (name := split_name(member.name)):
-                    start, size = member.offset_data, member.size
-                    if start + -(-size // BLOCK) * BLOCK > len(data) - BLOCK:
-                        raise ValueError(f"{path}: truncated: no end of the archive follows {member.name}")
-                    sum64 = np.uint64(xxhash.xxh3_64_intdigest(data[start : start + size])).view(np.int64)
-                    samples.setdefault(name[0], {})[name[1]] = (start, size, int(sum64))
+                    raise ValueError(
+                        f"{path}: {member.name} is stored sparsely; "
+                        "pack the tar again without --sparse"
+                    )
+                name = split_name(member.name) if member.isfile() else None
+                if name:
+                    key, field = name
+                    samples.setdefault(key, {})[field] = _measure_member(path, member, data)
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{path}: not a whole tar ({error})") from None
+        raise ValueError(f"{path}: not a complete tar ({error})") from None
+
+    # Arrange their spans by sample and field.
     fields = sorted({field for sample in samples.values() for field in sample})
-    offsets = [[sample.get(field, (-1, -1, -1)) for field in fields] for sample in samples.values()]
-    return fields, np.array(offsets, dtype=np.int64).reshape(len(offsets), len(fields), 3)
+    offsets = np.full((len(samples), len(fields), 3), -1, dtype=np.int64)
+    for row, sample in enumerate(samples.values()):
+        for field, span in sample.items():
+            offsets[row, fields.index(field)] = span
+    return fields, offsets
 
 
-def described(tar: Path, fields: list[str], offsets: np.ndarray) -> dict[str, Any]:
-    """Return a finished shard's record: size, identity (sha256), and what is verified on reading (xxh3)."""
-    sums = {"sha256": file_digest(tar), "xxh3": checksum(tar), "offsets": checksum(tar.with_suffix(".npy"))}
-    return {"count": len(offsets), "bytes": tar.stat().st_size, "fields": fields, **sums}
+def _measure_member(path: Path, member: tarfile.TarInfo, data: memoryview) -> Span:
+    """Return the span of a member, and check that the end of the archive can follow it."""
+    start = member.offset_data
+    size = member.size
+    blocks = -(-size // TAR_BLOCK)
+    if start + blocks * TAR_BLOCK > len(data) - TAR_BLOCK:
+        raise ValueError(f"{path}: truncated: no end of the archive follows {member.name}")
+    xxh3 = np.uint64(xxhash.xxh3_64_intdigest(data[start : start + size]))
+    return start, size, int(xxh3.view(np.int64))
+
+
+def describe_shard(tar: Path, fields: list[str], offsets: np.ndarray) -> dict[str, Any]:
+    """Return the record of a finished shard.
+
+    It has the shard's size, its identity (sha256) and what is verified on reading (xxh3).
+    """
+    return {
+        "count": len(offsets),
+        "bytes": tar.stat().st_size,
+        "fields": fields,
+        "sha256": file_digest(tar),
+        "xxh3": checksum(tar),
+        "offsets": checksum(tar.with_suffix(".npy")),
+    }
 
 
 class ShardWriter:
-    """Writes a set shard by shard, skipping what is finished; the same arguments give the same bytes.
+    """Writes a set shard by shard, and skips finished shards.
+
+    The same arguments give the same bytes.
 
     Args:
-        folder: where the set goes.
+        folder: where the set is written.
         kind: what the samples are: images, latents or pairs.
-        provenance: plain values that say where the samples come from; a folder that was begun with others is refused.
-        count: number of indices in the whole set.
+        provenance: plain values that identify the origin of the samples.
+        count: number of indices in the set.
         shard: indices in one shard.
+
+    Raises:
+        ValueError: the set or a shard would be empty, or the folder was begun with another plan.
     """
 
-    def __init__(self, folder: str | Path, kind: str, provenance: dict[str, Any], count: int, shard: int):
+    def __init__(
+        self, folder: str | Path, kind: str, provenance: dict[str, Any], count: int, shard: int
+    ):
         if count < 1 or shard < 1:
-            raise ValueError(f"{folder}: a set needs at least one sample and one per shard, got {count} and {shard}")
-        self.folder, self.count, self.shard = Path(folder), count, shard
+            raise ValueError(
+                f"{folder}: a set needs at least one sample, and one per shard; "
+                f"got {count} samples and {shard} per shard"
+            )
+        self.folder = Path(folder)
+        self.count = count
+        self.shard = shard
         self.plan = {"format": FORMAT, "kind": kind, "count": count, "shard": shard, **provenance}
         self.stamp = digest(canonical(self.plan))
         path = self.folder / "plan.json"
         if path.exists():
-            self._refuse_another(read_json(path))
+            self._check_same_plan(read_json(path))
         else:
             write_json(path, self.plan)
 
-    def _refuse_another(self, begun: dict[str, Any]) -> None:
+    def _check_same_plan(self, begun: dict[str, Any]) -> None:
+        """Check that the set in the folder was begun with this plan."""
         for key in sorted(begun.keys() | self.plan.keys()):
-            if begun.get(key) != self.plan.get(key):
+            before = begun.get(key)
+            now = self.plan.get(key)
+            if before != now:
                 raise ValueError(
-                    f"{self.folder}: holds another set: {key} is {begun.get(key)!r} there and {self.plan.get(key)!r} here; "
-                    "choose another folder or delete that one"
+                    f"{self.folder}: holds another set, with {key} {before!r} instead of {now!r}; "
+                    "choose another folder or delete this one"
                 )
 
     def numbers(self) -> range:
@@ -105,46 +168,73 @@ class ShardWriter:
         return range(number * self.shard, min(self.count, (number + 1) * self.shard))
 
     def finished(self, number: int) -> dict[str, Any] | None:
-        """Return a finished shard's record, or None if it is still to be made (or was damaged since)."""
-        record, tar = read_record(self._path(number, "json")), self._path(number, "tar")
-        if record is None or record.get("stamp") != self.stamp or not self._path(number, "npy").exists():
+        """Return the record of a finished shard; None if it is missing or was damaged since."""
+        record = read_record(self._path(number, "json"))
+        if record is None or record.get("stamp") != self.stamp:
             return None
-        return record if tar.exists() and tar.stat().st_size == record["bytes"] else None
+        if not self._path(number, "npy").exists():
+            return None
+        tar = self._path(number, "tar")
+        if not tar.exists() or tar.stat().st_size != record["bytes"]:
+            return None
+        return record
 
     def missing(self) -> list[int]:
-        """Return the numbers of the shards still to be made."""
+        """Return the numbers of the shards that are not finished."""
         return [number for number in self.numbers() if not self.finished(number)]
 
     def write(self, number: int, samples: Iterable[dict[str, Any]], **extra: Any) -> None:
-        """Write one shard: the tar, its offsets, and last its record (with plain values `extra`).
+        """Write one shard: the tar, its offsets, and last its record.
 
-        Each sample is {"__key__": name, field: bytes}; the names must be unique in the set.
+        Args:
+            number: of the shard.
+            samples: each is {"__key__": name, field: bytes}, with a name that is unique in the set.
+            extra: plain values for the record.
         """
         try:
-            self._make(number, samples, extra)
-        except FileNotFoundError:  # swept by another process that made this shard too, and with it finished the set
+            self._write_files(number, samples, extra)
+        except FileNotFoundError:
+            # Another process may have made this shard too, finished the set and removed leftovers.
             if not self.finished(number):
                 raise
 
-    def _make(self, number: int, samples: Iterable[dict[str, Any]], extra: dict[str, Any]) -> None:
+    def _write_files(
+        self, number: int, samples: Iterable[dict[str, Any]], extra: dict[str, Any]
+    ) -> None:
         tar = self._path(number, "tar")
-        with atomic(tar) as file, TarWriter(file, encoder=False, mtime=0.0) as writer:
+        with atomic_file(tar) as file, TarWriter(file, encoder=False, mtime=0.0) as writer:
             for sample in samples:
                 writer.write(sample)
         fields, offsets = index_tar(tar)
         write_offsets(self._path(number, "npy"), offsets)
-        write_json(self._path(number, "json"), {**described(tar, fields, offsets), "stamp": self.stamp, **extra})
+        record = describe_shard(tar, fields, offsets)
+        write_json(self._path(number, "json"), {**record, "stamp": self.stamp, **extra})
 
     def finish(self, **extra: Any) -> bool:
-        """Write the manifest if every shard is finished, and tell; any process may, and all would write the same."""
-        records = [self.finished(number) for number in self.numbers()]
-        if not all(records):
-            return False
-        told = [{key: value for key, value in record.items() if key not in OWN} for record in records if record]
-        shards = [{"name": self._path(n, "tar").name, **record} for n, record in enumerate(told)]
-        samples = sum(shard["count"] for shard in shards)
-        write_json(self.folder / "manifest.json", {**self.plan, **extra, "samples": samples, "shards": shards})
-        sweep(self.folder, "[0-9]*")
+        """Write the manifest if every shard is finished; return whether it was written.
+
+        Any process may do so: all of them would write the same bytes.
+
+        Args:
+            extra: plain values for the manifest.
+        """
+        # Collect the records of all shards.
+        shards = []
+        samples = 0
+        for number in self.numbers():
+            record = self.finished(number)
+            if record is None:
+                return False
+            shard = {"name": self._path(number, "tar").name, **record}
+            for key in ONLY_IN_RECORDS:
+                shard.pop(key, None)
+            shards.append(shard)
+            samples += shard["count"]
+
+        # Write the manifest, then remove what killed processes left.
+        manifest = {**self.plan, **extra, "samples": samples, "shards": shards}
+        write_json(self.folder / "manifest.json", manifest)
+        remove_leftovers(self.folder, "[0-9]*")
         return True
 
     def _path(self, number: int, suffix: str) -> Path:

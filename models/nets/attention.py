@@ -1,4 +1,4 @@
-"""Attention, in one place: torch's scaled-dot-product kernels, or xformers where its CUDA kernel is really there."""
+"""Attention: torch's scaled-dot-product kernels, or xformers where its CUDA kernel works."""
 
 import importlib
 import logging
@@ -16,8 +16,13 @@ log = logging.getLogger(__name__)
 
 
 @cache
-def xformers_kernel(device: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """Return xformers' attention if, run once, it works on this kind of device and dtype; says so in one log line."""
+def xformers_kernel(
+    device: str, dtype: torch.dtype
+) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Return xformers' attention if it works on this kind of device and dtype, else None.
+
+    It is run once to find out. One log line names the kernel that is used.
+    """
     kernel = None
     if device == "cuda":
         try:
@@ -27,7 +32,8 @@ def xformers_kernel(device: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor
         except (ImportError, NotImplementedError, RuntimeError) as error:
             log.debug("xformers probe: %s", error)
             kernel = None
-    log.info("attention on %s in %s: %s", device, dtype, "xformers" if kernel else "torch scaled_dot_product_attention")
+    name = "xformers" if kernel else "torch scaled_dot_product_attention"
+    log.info("attention on %s in %s: %s", device, dtype, name)
     return kernel
 
 
@@ -44,16 +50,22 @@ class Attention(nn.Module):
         if width % heads:
             raise ValueError(f"Attention: width {width} is not a multiple of heads {heads}")
         self.heads = heads
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the attended tokens, shape (B, N, width)."""
-        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # (B, N, heads, width / heads)
-        moving = not torch.compiler.is_compiling() and unpack_dual(q).tangent is not None  # only plain sums carry tangents
-        if not moving and (kernel := xformers_kernel(q.device.type, q.dtype)):
+        # (B, N, heads, width / heads) each
+        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        # Only the plain kernel has a forward-mode derivative.
+        has_tangent = not torch.compiler.is_compiling() and unpack_dual(q).tangent is not None
+        kernel = None
+        if not has_tangent:
+            kernel = xformers_kernel(q.device.type, q.dtype)
+        if kernel:
             mixed = kernel(q, k, v)
         else:
             q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-            with sdpa_kernel(SDPBackend.MATH) if moving else nullcontext():
+            with sdpa_kernel(SDPBackend.MATH) if has_tangent else nullcontext():
                 mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         return self.out(mixed.flatten(-2))

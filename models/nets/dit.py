@@ -1,19 +1,20 @@
-"""Diffusion transformer (DiT, 2212.09748) with adaLN-zero, over latents or pixels."""
+"""Diffusion transformer (DiT) with adaLN-zero, on latents or pixels."""
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
-from models.clock import Scaled
 from models.nets import Net
 from models.nets.attention import Attention
-from models.nets.reading import FREQUENCIES, Reading, waves
+from models.nets.embedding import FREQUENCIES, ScalarEmbedding, sinusoidal_embedding
+from models.time_input import ScaledTime
 
 
 def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Return layer-normalised tokens (B, N, width), scaled and shifted per sample, (B, width)."""
-    return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    normalised = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+    return normalised * (1 + scale[:, None]) + shift[:, None]
 
 
 class Block(nn.Module):
@@ -22,20 +23,30 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.attention = Attention(width, heads)
-        self.grow, self.shrink = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
         self.modulation = nn.Linear(width, 6 * width)
-        nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, tokens: Tensor, told: Tensor) -> Tensor:
-        """Return tokens (B, N, width), given what the block is told (clock and condition), (B, width)."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(told)).chunk(6, dim=-1)
+    def forward(self, tokens: Tensor, conditioning: Tensor) -> Tensor:
+        """Return tokens (B, N, width).
+
+        Args:
+            tokens: (B, N, width).
+            conditioning: embedding of time and condition, (B, width).
+        """
+        modulation = self.modulation(F.silu(conditioning))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
         tokens = tokens + gate_a[:, None] * self.attention(modulate(tokens, shift_a, scale_a))
-        hidden = F.gelu(self.grow(modulate(tokens, shift_m, scale_m)), approximate="tanh")
-        return tokens + gate_m[:, None] * self.shrink(hidden)
+        hidden = F.gelu(self.fc1(modulate(tokens, shift_m, scale_m)), approximate="tanh")
+        return tokens + gate_m[:, None] * self.fc2(hidden)
 
 
 class DiT(Net):
-    """A DiT that starts by predicting zero and reads 1000 t.
+    """A diffusion transformer that starts by predicting zero; its time input is 1000 t.
+
+    Peebles & Xie 2022 (arXiv 2212.09748).
 
     Args:
         size: height and width of the state.
@@ -44,9 +55,12 @@ class DiT(Net):
         width: channels of a token, a multiple of heads and of 4.
         depth: number of blocks.
         heads: attention heads.
-        classes: number of classes; class `classes` (and no condition at all) means "not told". 0: never told.
-        jumps: reads a second clock, that of the time to jump to (2505.13447); without one, the first again.
-        scaled: reads a scale of guidance (2210.03142); without one, 1.
+        classes: number of classes; class `classes` (and no condition at all) means "no class". 0:
+            the network has no classes.
+        two_time: take a second time, of the jump's end (Geng et al. 2025, arXiv 2505.13447); by
+            default it equals the first.
+        guidance_embedded: take a guidance scale (Meng et al. 2022, arXiv 2210.03142); by default it
+            is 1.
     """
 
     def __init__(
@@ -58,53 +72,94 @@ class DiT(Net):
         depth: int = 4,
         heads: int = 4,
         classes: int = 0,
-        jumps: bool = False,
-        scaled: bool = False,
+        two_time: bool = False,
+        guidance_embedded: bool = False,
     ):
         super().__init__()
         if size % patch:
             raise ValueError(f"DiT: size {size} is not a multiple of patch {patch}")
-        self.size, self.channels, self.patch, self.width = size, channels, patch, width
-        self.depth, self.heads, self.classes, self.clock = depth, heads, classes, Scaled(1000.0)
-        self.jumps, self.scaled = jumps, scaled
+        self.size = size
+        self.channels = channels
+        self.patch = patch
+        self.width = width
+        self.depth = depth
+        self.heads = heads
+        self.classes = classes
+        self.two_time = two_time
+        self.guidance_embedded = guidance_embedded
+        self.time_input = ScaledTime(1000.0)
+        # patches and their positions
         self.embed = nn.Conv2d(channels, width, patch, patch)
-        grid = get_2d_sincos_pos_embed(width, size // patch, base_size=size // patch, output_type="pt")
+        side = size // patch
+        grid = get_2d_sincos_pos_embed(width, side, base_size=side, output_type="pt")
         self.register_buffer("position", grid.float(), persistent=False)
-        self.clock_in, self.clock_out = nn.Linear(FREQUENCIES, width), nn.Linear(width, width)
-        self.label = nn.Embedding(classes + 1, width)
+        # embeddings of time and class
+        fc1 = nn.Linear(FREQUENCIES, width)
+        fc2 = nn.Linear(width, width)
+        self.t_embedder = nn.Sequential(fc1, nn.SiLU(), fc2)
+        self.y_embedder = nn.Embedding(classes + 1, width)
+        # blocks and output
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.modulation, self.out = nn.Linear(width, 2 * width), nn.Linear(width, patch**2 * channels)
-        self.jump = Reading(width) if jumps else None
-        self.scale = Reading(width) if scaled else None
-        for embedding in (self.label, self.clock_in, self.clock_out):
-            nn.init.normal_(embedding.weight, std=0.02)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, patch**2 * channels)
+        # optional inputs
+        self.t_end_embedder = ScalarEmbedding(width) if two_time else None
+        self.guidance_embedder = ScalarEmbedding(width) if guidance_embedded else None
+        # initialisation
+        nn.init.normal_(self.y_embedder.weight, std=0.02)
+        nn.init.normal_(fc1.weight, std=0.02)
+        nn.init.normal_(fc2.weight, std=0.02)
         for layer in (self.modulation, self.out):
-            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
-    def told(self, clock: Tensor, cond: Tensor | None, until: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-        """Return what the blocks are told, (B, width), of clock readings (B,), labels (B,) or None, and the readings below."""
-        label = torch.full_like(clock, self.classes, dtype=torch.long) if cond is None else cond
-        hidden = F.silu(self.clock_in(waves(clock).to(self.clock_in.weight.dtype)))
-        told = self.clock_out(hidden) + self.label(label)
-        if self.jump is not None:
-            told = told + self.jump(torch.zeros_like(clock) if until is None else clock - until)
-        if self.scale is not None:
-            told = told + self.scale(torch.zeros_like(clock) if scale is None else 100 * (scale - 1))
-        return told
+    def conditioning(
+        self,
+        time: Tensor,
+        cond: Tensor | None,
+        t_end: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Return the embedding that modulates the blocks, (B, width).
+
+        Args:
+            time: time inputs, (B,).
+            cond: class labels, (B,), or None.
+            t_end: time inputs of the jumps' ends, (B,); `time` by default.
+            guidance: guidance scales, (B,); 1 by default.
+        """
+        label = cond
+        if label is None:
+            label = torch.full_like(time, self.classes, dtype=torch.long)
+        waves = sinusoidal_embedding(time).to(self.embed.weight.dtype)
+        embedding = self.t_embedder(waves) + self.y_embedder(label)
+        if self.t_end_embedder is not None:
+            length = torch.zeros_like(time) if t_end is None else time - t_end
+            embedding = embedding + self.t_end_embedder(length)
+        if self.guidance_embedder is not None:
+            excess = torch.zeros_like(time) if guidance is None else 100 * (guidance - 1)
+            embedding = embedding + self.guidance_embedder(excess)
+        return embedding
 
     def forward(
         self,
         x_t: Tensor,
-        clock: Tensor,
+        time: Tensor,
         cond: Tensor | None = None,
-        until: Tensor | None = None,
-        scale: Tensor | None = None,
+        t_end: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
-        tokens = self.embed(x_t.to(self.embed.weight.dtype)).flatten(2).transpose(1, 2) + self.position
-        told = self.told(clock, cond, until, scale)
+        # tokens
+        patches = self.embed(x_t.to(self.embed.weight.dtype))
+        tokens = patches.flatten(2).transpose(1, 2) + self.position
+        conditioning = self.conditioning(time, cond, t_end, guidance)
         for block in self.blocks:
-            tokens = block(tokens, told)
-        patches = self.out(modulate(tokens, *self.modulation(F.silu(told)).chunk(2, dim=-1)))
+            tokens = block(tokens, conditioning)
+        # patches of the output
+        shift, scale = self.modulation(F.silu(conditioning)).chunk(2, dim=-1)
+        patches = self.out(modulate(tokens, shift, scale))
         side = self.size // self.patch
-        patches = patches.unflatten(1, (side, side)).unflatten(-1, (self.patch, self.patch, self.channels))
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(x_t.shape)  # (B, h, w, p, q, C) -> (B, C, h p, w q)
+        patches = patches.unflatten(1, (side, side))
+        patches = patches.unflatten(-1, (self.patch, self.patch, self.channels))
+        # (B, h, w, p, q, C) -> (B, C, h p, w q)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(x_t.shape)

@@ -1,4 +1,4 @@
-"""A multilayer perceptron over small states: points of a line or a plane."""
+"""A multilayer perceptron on small states: points of a line or a plane."""
 
 import math
 from itertools import pairwise
@@ -6,20 +6,22 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from models.clock import Scaled
 from models.nets import Net
+from models.time_input import ScaledTime
 
-WAVES = 8  # cosines of t, one-to-one on [0, 1]
-FREQUENCIES = (1.5, 3.0)  # of waves over a state of order one (2006.10739): the edges of a law, in a tenth of the updates
+TIME_WAVES = 8  # cosines of t, one-to-one on [0, 1]
+# Frequencies of waves of a state of order one (Tancik et al. 2020, arXiv 2006.10739): they learn
+# the edges of a distribution in a tenth of the updates.
+STATE_FREQUENCIES = (1.5, 3.0)
 
 
 class MLP(Net):
-    """A multilayer perceptron that starts by predicting zero, reads t and is told nothing else.
+    """A multilayer perceptron that starts by predicting zero; its inputs are the state and t.
 
     Args:
         size: height and width of the state.
         channels: channels of the state.
-        width: numbers between two layers.
+        width: units of a hidden layer.
         depth: number of hidden layers, at least 1.
     """
 
@@ -27,18 +29,33 @@ class MLP(Net):
         super().__init__()
         if depth < 1 or width < 1:
             raise ValueError(f"MLP: width {width} and depth {depth} must be at least 1")
-        self.size, self.channels, self.width, self.depth, self.clock = size, channels, width, depth, Scaled(1.0)
-        inputs = channels * size**2
-        seen = (1 + 2 * len(FREQUENCIES)) * inputs + WAVES
-        hidden = [(nn.Linear(a, b), nn.SiLU()) for a, b in pairwise([seen, *[width] * depth])]
-        self.layers, self.out = nn.Sequential(*[layer for pair in hidden for layer in pair]), nn.Linear(width, inputs)
-        for layer, _ in hidden:
-            nn.init.kaiming_normal_(layer.weight), nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.out.weight), nn.init.zeros_(self.out.bias)
+        self.size = size
+        self.channels = channels
+        self.width = width
+        self.depth = depth
+        self.time_input = ScaledTime(1.0)
+        # hidden layers and output
+        dimensions = channels * size**2
+        features = (1 + 2 * len(STATE_FREQUENCIES)) * dimensions + TIME_WAVES
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise([features, *[width] * depth]):
+            layers += [nn.Linear(inputs, outputs), nn.SiLU()]
+        self.layers = nn.Sequential(*layers)
+        self.out = nn.Linear(width, dimensions)
+        # initialisation
+        for layer in layers[::2]:
+            nn.init.kaiming_normal_(layer.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
-    def forward(self, x_t: Tensor, clock: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, time: Tensor, cond: Tensor | None = None) -> Tensor:
         if cond is not None:
-            raise ValueError("MLP: it was told a condition, but reads none; use Unconditional")
-        state, turns = x_t.flatten(1), math.pi * clock[:, None] * torch.arange(1, WAVES + 1, device=clock.device)
-        waves = [wave(f * state) for f in FREQUENCIES for wave in (torch.sin, torch.cos)]
-        return self.out(self.layers(torch.cat([state, turns.cos(), *waves], 1))).view(x_t.shape)
+            raise ValueError("MLP: got a condition, but it takes none; use Unconditional")
+        state = x_t.flatten(1)
+        multiples = torch.arange(1, TIME_WAVES + 1, device=time.device)
+        angles = math.pi * time[:, None] * multiples
+        features = [state, angles.cos()]
+        for frequency in STATE_FREQUENCIES:
+            features += [torch.sin(frequency * state), torch.cos(frequency * state)]
+        return self.out(self.layers(torch.cat(features, 1))).view(x_t.shape)

@@ -1,13 +1,33 @@
-"""Samplers walk t from 1 (noise) to 0 (data), or back. Of a denoiser they need its call and its `interpolant`."""
+"""Samplers integrate t from 1 (noise) to 0 (data), or back.
 
-from models.sampler.base import DenoiserLike, Noise, Sampler, Walk, cost
-from models.sampler.grids import edges, karras, shifted, through, trailing, uniform, uniform_lambda
-from models.sampler.ode import Adaptive, DPMSolver2M, EDMHeun, Euler, Heun, Midpoint, RungeKutta4
-from models.sampler.sde import DDIM, Ancestral, EulerMaruyama, Renoising
+Of a denoiser they need its call and its attribute `interpolant`.
+"""
+
+from models.sampler.base import DenoiserLike, NoiseSource, Sampler, Trajectory, cost
+from models.sampler.ddim import DDIM, Ancestral
+from models.sampler.grids import (
+    karras,
+    shifted,
+    trailing,
+    uniform,
+    uniform_lambda,
+    window_edges,
+    window_grid,
+)
+from models.sampler.ode import (
+    DormandPrince,
+    DPMSolver2M,
+    EDMHeun,
+    Euler,
+    Heun,
+    Midpoint,
+    RungeKutta4,
+)
+from models.sampler.sde import EulerMaruyama, Renoising
 
 __all__ = [
     "DDIM",
-    "Adaptive",
+    "DormandPrince",
     "Ancestral",
     "DPMSolver2M",
     "DenoiserLike",
@@ -16,16 +36,16 @@ __all__ = [
     "EulerMaruyama",
     "Heun",
     "Midpoint",
-    "Noise",
+    "NoiseSource",
     "Renoising",
     "RungeKutta4",
     "Sampler",
-    "Walk",
+    "Trajectory",
     "cost",
-    "edges",
+    "window_edges",
     "karras",
     "shifted",
-    "through",
+    "window_grid",
     "trailing",
     "uniform",
     "uniform_lambda",

@@ -1,9 +1,10 @@
-"""A training step of Matching on pairs, whose noise is computed from its index, against the same step on data.
+"""Time of a training step on pairs, whose noise is computed from its index, relative to data.
 
     python -m tests.benchmarks.pairs runs/demo
 
-on a folder in which the demo has run. Single steps take turns: pairs, data, data again (the control, which must read 1.00);
-each reads its batch, draws, and steps a network of its own. Prints the median of pairs / data with its 95 % interval.
+The folder is one in which the demo has run. Three loops take turns step by step: on pairs, on
+data, and on data again (the control: its ratio must be 1.00). Each reads its batch, draws its
+noise and times, and updates a network. Prints the median of pairs / data with its 95 % interval.
 """
 
 import sys
@@ -12,53 +13,67 @@ from pathlib import Path
 
 import torch
 
-from data.batch import Set, Steps
+from data.batch import IndexedDataset, RankBatches
 from data.latents import Latents
 from data.pairs import Pairs
-from models import teacher
-from tests.benchmarks.step import ratio
-from trainer.draws import Draws
-from trainer.module import coupled
+from models.checkpoint import load_checkpoint
+from tests.benchmarks.step import format_ratio
+from trainer.module import couple_noise
 from trainer.objectives import Matching
+from trainer.step_random import StepRandom
 
-BATCH, STEPS = 256, 120
+BATCH = 256
+STEPS = 120
 
 
-class Side:
-    """A run that only reads, draws and steps.
+class Loop:
+    """A training loop that only reads, draws and updates.
 
     Args:
-        source: of its batches.
-        run: whose network it trains on.
+        source: source of its batches.
+        run: folder of the run that the network comes from.
     """
 
-    def __init__(self, source: Set, run: Path):
-        self.denoiser, self.objective = teacher.load(run)[0].train().requires_grad_(True), Matching()
-        self.optimizer, self.batches = torch.optim.AdamW(self.denoiser.parameters(), lr=1e-4), iter(Steps(source, BATCH, 0))
-        self.times: list[float] = []
+    def __init__(self, source: IndexedDataset, run: Path):
+        denoiser, *_ = load_checkpoint(run)
+        self.denoiser = denoiser.train().requires_grad_(True)
+        self.objective = Matching()
+        self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=1e-4)
+        self.batches = iter(RankBatches(source, BATCH, 0))
+        self.seconds: list[float] = []
 
     def step(self) -> None:
         """Make one step, and time it."""
         began = time.perf_counter()
         batch = next(self.batches)
-        draws = Draws(batch)
+        draws = StepRandom(batch)
         self.optimizer.zero_grad()
-        self.objective(self.denoiser, batch.x, coupled(batch, draws, batch.x), batch.condition, draws).backward()
+        noise = couple_noise(batch, draws, batch.x)
+        self.objective(self.denoiser, batch.x, noise, batch.condition, draws).backward()
         self.optimizer.step()
-        self.times.append(time.perf_counter() - began)
+        self.seconds.append(time.perf_counter() - began)
 
 
 def main(run: Path) -> None:
     """Print the ratios."""
     torch.set_num_threads(1)
-    latents, pairs = Latents(str(run / "latents")), Pairs(str(run / "pairs"))
-    sides = [Side(source, run / "teacher") for source in (pairs, latents, latents)]
+    latents = Latents(str(run / "latents"))
+    pairs = Pairs(str(run / "pairs"))
+    loops = [Loop(source, run / "teacher") for source in (pairs, latents, latents)]
+
+    # the order alternates
     for i in range(STEPS):
-        for side in sides if i % 2 else sides[::-1]:
-            side.step()
-    ours, data, control = (side.times for side in sides)
-    step = 1000 * sorted(data)[len(data) // 2]
-    print(f"{step:.1f} ms a step on data: pairs / data {ratio(ours, data)}, data / data {ratio(control, data)}")
+        turns = loops if i % 2 else loops[::-1]
+        for loop in turns:
+            loop.step()
+
+    on_pairs, on_data, control = (loop.seconds for loop in loops)
+    milliseconds = 1000 * sorted(on_data)[len(on_data) // 2]
+    ratio = format_ratio(on_pairs, on_data)
+    control_ratio = format_ratio(control, on_data)
+    print(
+        f"{milliseconds:.1f} ms a step on data: pairs / data {ratio}, data / data {control_ratio}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
-"""Reading latents: our reader against webdataset's own pipeline and a raw block read, on the same tars, in one run.
+"""Speed of reading latents: our reader, webdataset's pipeline and raw blocks, on the same tars.
 
     python -m tests.benchmarks.reader
 
-Prints samples per second and paired ratios (median over rounds, sides interleaved). "opened" reads everything once with a
-new reader, so that every shard is verified; "read" verifies every sample; "open" reads on with shards that were verified.
+Prints samples per second and paired ratios: medians over rounds, in which all readers take turns.
+
+    raw         the bytes in blocks of 1 MB
+    webdataset  webdataset's pipeline
+    opened      everything once with a new reader, which verifies every shard
+    open        the same again with a reader whose shards are verified already
+    read        the same with a reader that verifies every sample
 """
 
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,39 +25,52 @@ from data.latents import latent_sample
 from data.noise import noise
 from data.shards import Order, ShardReader, ShardWriter
 
-COUNT, SHARD, SHAPE, BATCH, ROUNDS = 16_384, 2_048, (4, 32, 32), 256, 7
+SAMPLES = 16_384
+SHARD = 2_048
+SHAPE = (4, 32, 32)
+BATCH = 256
+ROUNDS = 7
 
 
-def write(folder: Path) -> None:
+def write_latents(folder: Path) -> None:
     """Write a set of float16 latents."""
-    writer = ShardWriter(folder, "latents", {"shape": list(SHAPE)}, COUNT, SHARD)
+    writer = ShardWriter(folder, "latents", {"shape": list(SHAPE)}, SAMPLES, SHARD)
     for number in writer.missing():
-        writer.write(number, [latent_sample(f"{i:09d}", noise(0, i, SHAPE), i % 10) for i in writer.indices(number)])
+        samples = []
+        for i in writer.indices(number):
+            samples.append(latent_sample(f"{i:09d}", noise(0, i, SHAPE), i % 10))
+        writer.write(number, samples)
     writer.finish()
 
 
-def ours(reader: ShardReader, shuffled: bool) -> None:
+def read_batches(reader: ShardReader, shuffled: bool) -> None:
     """Read every latent and its class once, in batches."""
     order = Order([shard["count"] for shard in reader.manifest["shards"]], 0)
-    for start in range(0, COUNT, BATCH):
-        indices = order.indices(start, BATCH) if shuffled else np.arange(start, start + BATCH)
-        assert len(reader.arrays("npy", indices)) == len(reader.numbers("cls", indices)) == BATCH
+    for start in range(0, SAMPLES, BATCH):
+        indices = np.arange(start, start + BATCH)
+        if shuffled:
+            indices = order.indices(start, BATCH)
+        latents = reader.arrays("npy", indices)
+        classes = reader.numbers("cls", indices)
+        assert len(latents) == len(classes) == BATCH
 
 
-def opened(folder: Path, shuffled: bool) -> None:
+def read_with_new_reader(folder: Path, shuffled: bool) -> None:
     """Read everything once with a new reader."""
-    ours(ShardReader(folder), shuffled)
+    read_batches(ShardReader(folder), shuffled)
 
 
-def theirs(folder: Path, shuffled: bool) -> None:
+def read_with_webdataset(folder: Path, shuffled: bool) -> None:
     """Read everything once through webdataset's pipeline."""
     files = [str(path) for path in sorted(folder.glob("*.tar"))]
     pipeline = webdataset.WebDataset(files, shardshuffle=len(files) if shuffled else False)
-    pipeline = (pipeline.shuffle(1000) if shuffled else pipeline).decode()
-    assert sum(1 for _ in pipeline) == COUNT
+    if shuffled:
+        pipeline = pipeline.shuffle(1000)
+    pipeline = pipeline.decode()
+    assert sum(1 for _ in pipeline) == SAMPLES
 
 
-def raw(folder: Path, shuffled: bool) -> None:
+def read_blocks(folder: Path, shuffled: bool) -> None:
     """Read the tars' bytes in blocks of 1 MB."""
     for path in sorted(folder.glob("*.tar")):
         with path.open("rb", buffering=0) as file:
@@ -59,33 +78,48 @@ def raw(folder: Path, shuffled: bool) -> None:
                 pass
 
 
-def rate(side) -> float:
-    """Return samples per second of one reading."""
+def measure_speed(read: Callable[[], None]) -> float:
+    """Return the samples per second of one reading."""
     began = time.perf_counter()
-    side()
-    return COUNT / (time.perf_counter() - began)
+    read()
+    return SAMPLES / (time.perf_counter() - began)
+
+
+def print_speeds(rounds: list[dict[str, float]]) -> None:
+    """Print each reader's median speed, and the median of its ratio to two others."""
+
+    def median_ratio(name: str, base: str) -> float:
+        return statistics.median(speeds[name] / speeds[base] for speeds in rounds)
+
+    for name in rounds[0]:
+        speed = statistics.median(speeds[name] for speeds in rounds)
+        to_webdataset = median_ratio(name, "webdataset")
+        to_raw = median_ratio(name, "raw")
+        print(
+            f"  {name:10} {speed:12,.0f}/s  {to_webdataset:7.1f} x webdataset  {to_raw:.3f} of raw"
+        )
 
 
 def main() -> None:
-    """Print the table."""
+    """Print a table for each order."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write(folder)
-        once, always = ShardReader(folder), ShardReader(folder, verify="read")
+        write_latents(folder)
+        verified_once = ShardReader(folder)
+        verified_always = ShardReader(folder, verify="read")
         for shuffled in (False, True):
-            sides = {
-                "raw": partial(raw, folder, shuffled),
-                "webdataset": partial(theirs, folder, shuffled),
-                "opened": partial(opened, folder, shuffled),
-                "open": partial(ours, once, shuffled),
-                "read": partial(ours, always, shuffled),
+            readings = {
+                "raw": partial(read_blocks, folder, shuffled),
+                "webdataset": partial(read_with_webdataset, folder, shuffled),
+                "opened": partial(read_with_new_reader, folder, shuffled),
+                "open": partial(read_batches, verified_once, shuffled),
+                "read": partial(read_batches, verified_always, shuffled),
             }
-            rounds = [{key: rate(side) for key, side in sides.items()} for _ in range(ROUNDS + 1)][1:]
+            rounds = []
+            for _ in range(ROUNDS + 1):
+                rounds.append({name: measure_speed(read) for name, read in readings.items()})
             print("shuffled" if shuffled else "sequential")
-            for key in sides:
-                web, block = (statistics.median(row[key] / row[base] for row in rounds) for base in ("webdataset", "raw"))
-                median = statistics.median(row[key] for row in rounds)
-                print(f"  {key:10} {median:12,.0f}/s  {web:7.1f} x webdataset  {block:.3f} of raw")
+            print_speeds(rounds[1:])  # the first one warms up
 
 
 if __name__ == "__main__":

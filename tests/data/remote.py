@@ -11,15 +11,16 @@ import numpy as np
 from PIL import EpsImagePlugin, Image
 from webdataset import TarWriter
 
-from data.shards import encode_array
+from data.cache import Cache
+from data.shards import array_to_npy
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves a folder, counts, and fails on demand."""
+    """Serves a folder, records the requests, and fails on demand."""
 
     def do_GET(self):
         server = self.server
-        server.asked.append(self.path)
+        server.requests.append(self.path)
         if server.failures:
             server.failures -= 1
             self.send_response(200)  # a connection that breaks in the middle of a file
@@ -38,10 +39,19 @@ class Handler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def served(folder):
-    """Serve a folder on a port of this machine; yields the server, its `url`, and what was `asked` of it."""
+    """Serve a folder on a port of this machine; yield the server.
+
+    The server has these attributes:
+        url: its address.
+        requests: paths of all requests so far.
+        failures: number of requests to come that break off in the middle.
+        gate: an event that every request waits for, or None.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
     server.daemon_threads = True
-    server.asked, server.failures, server.gate = [], 0, None
+    server.requests = []
+    server.failures = 0
+    server.gate = None
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -51,20 +61,44 @@ def served(folder):
         server.server_close()
 
 
+def read_from_cache(folder, url, numbers, results):
+    """Read URL/NUMBER for each number; put (number, whether its bytes are right) into a queue.
+
+    It is called in new processes, which then import only this module.
+    """
+    cache = Cache(folder, 2000, wait=0.01)
+    for number in numbers:
+        with cache.open(f"{url}/{number}") as file:
+            results.put((number, file.read() == bytes([number]) * 1000))
+
+
 def latent(number, i):
-    """Return a latent that says whose it is."""
+    """Return the latent of sample `i` of tar `number`; all its values are 100 number + i."""
     return np.full((1, 2, 2), number * 100 + i, np.float32)
 
 
-def tars(folder, counts, extra=None):
-    """Write tars of latents, shard-000.tar and so on; `extra` are members added to each sample."""
+def write_tars(folder, counts, extra=None):
+    """Write tars of latents and return their paths.
+
+    Args:
+        folder: where shard-000.tar and so on are written.
+        counts: number of samples in each tar.
+        extra: members added to each sample.
+    """
     folder.mkdir(exist_ok=True)
+    paths = []
     for number, count in enumerate(counts):
-        with TarWriter(str(folder / f"shard-{number:03d}.tar"), encoder=False) as writer:
+        path = str(folder / f"shard-{number:03d}.tar")
+        with TarWriter(path, encoder=False) as writer:
             for i in range(count):
-                sample = {"__key__": f"{number}_{i:03d}", "cls": str(i % 3).encode(), "npy": encode_array(latent(number, i))}
+                sample = {
+                    "__key__": f"{number}_{i:03d}",
+                    "cls": str(i % 3).encode(),
+                    "npy": array_to_npy(latent(number, i)),
+                }
                 writer.write({**sample, **(extra or {})})
-    return [str(folder / f"shard-{number:03d}.tar") for number in range(len(counts))]
+        paths.append(path)
+    return paths
 
 
 def png(value, size=8, kind="PNG"):
@@ -74,11 +108,11 @@ def png(value, size=8, kind="PNG"):
     return buffer.getvalue()
 
 
-def spied(tmp_path, monkeypatch):
-    """Put a Ghostscript into the path that leaves TMP_PATH/ran behind where it is run."""
-    spy = tmp_path / "bin/gs"
-    spy.parent.mkdir()
-    spy.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
-    spy.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{spy.parent}:{os.environ['PATH']}")
+def replace_ghostscript(tmp_path, monkeypatch):
+    """Put a Ghostscript first in PATH that creates the file TMP_PATH/ran when it is run."""
+    program = tmp_path / "bin/gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)

@@ -1,200 +1,403 @@
-"""The field's claims: their pipeline in its quick form, every method that it trains, and what is told of them."""
+"""The field's claims: their pipeline, every method that it trains, and the page of results."""
 
 import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import deploy.run
 from data.files import read_json, write_json
-from deploy.cli import main
+from deploy.report.claims import gather, markdown
+from deploy.report.costs import Costs
 from deploy.run import command, load
-from tests.conftest import REPOSITORY
-from trainer.picture import forms, train
-from trainer.report.claims import gather, markdown
-from trainer.report.costs import Costs
+from tests.helpers.commands import REPOSITORY, run_command, succeed
+from tests.helpers.refusals import assert_refused
+from trainer.toy import benchmark, train
 
-PIPELINE, CLAIMS = (REPOSITORY / "configs/claims" / name for name in ("pipeline.yaml", "claims.yaml"))
+PIPELINE = REPOSITORY / "configs/claims/pipeline.yaml"
+CLAIMS = yaml.safe_load((REPOSITORY / "configs/claims/claims.yaml").read_text())["claims"]
 STAGES = load(PIPELINE)["stages"]
+SEEDS = {"0", "1", "2"}
 
 
-def named():
-    return yaml.safe_load(CLAIMS.read_text())["claims"]
+def measured_paths() -> set[str]:
+    """Return METHOD/SEED/AT of every evaluation of the pipeline."""
+    outs = [stage["evaluate"]["out"] for stage in STAGES if "evaluate" in stage]
+    return {out.split("/evaluation/")[1] for out in outs}
 
 
-def test_every_method_of_a_claim_is_trained_and_evaluated():
-    places = {stage["evaluate"]["out"].split("/evaluation/")[1] for stage in STAGES if "evaluate" in stage}
-    for claim in named().values():
-        for method in (claim["teacher"], *claim["methods"]):
-            assert f"{method}/0/last" in places
-    for method in sum((named()[claim]["methods"] for claim in "abg"), []) + ["best", "regression", "distribution"]:
-        assert {f"{method}/{seed}/last" for seed in range(3)} <= places
+@pytest.mark.parametrize("name", CLAIMS)
+def test_every_method_of_a_claim_is_trained_and_measured(name):
+    claim = CLAIMS[name]
+    wanted = {f"{method}/0/last" for method in (claim["teacher"], *claim["methods"])}
+    assert wanted <= measured_paths()
 
 
-def test_the_quick_form_tries_every_claim(workspace, tmp_path, monkeypatch, inside):
-    """Its stages in one process; then every other run of seed 0, so that no method's configuration is left untried."""
+@pytest.mark.parametrize(
+    "methods",
+    [*(CLAIMS[name]["methods"] for name in "abg"), ["best", "regression", "distribution"]],
+    ids=["claim a", "claim b", "claim g", "recommendation"],
+)
+def test_the_main_methods_have_three_seeds(methods):
+    wanted = {f"{method}/{seed}/last" for method in methods for seed in SEEDS}
+    assert wanted <= measured_paths()
+
+
+def stage_verb(stage: dict[str, Any]) -> str:
+    """Return the verb of a pipeline's stage."""
+    return next(key for key in stage if key not in deploy.run.NON_VERB_KEYS)
+
+
+def test_the_smoke_run_tries_every_claim(workspace, tmp_path, monkeypatch, inside):
+    """The stages run in this process; then every other run of seed 0, so that each config runs."""
     monkeypatch.chdir(workspace.path)
     monkeypatch.setattr(train, "PAIRS", 256)
     out = tmp_path / "claims"
     (out / "images").mkdir(parents=True)
-    (out / "images/classifier.safetensors").hardlink_to(workspace.path / "runs/demo/images/classifier.safetensors")
-    deploy.run.run(PIPELINE, out, quick=True)
-    text, found = (out / "results.md").read_text(), read_json(out / "results.json")
-    assert all(f"## {name}. {claim['title']}" in text for name, claim in named().items())
-    assert {row["claim"] for row in found["rows"]} >= set("abcef") and "Not evaluated yet: " in text
-    assert "\n## In the plane\n" in text and forms.markdown(found["plane"]) in text
-    assert found["plane"] == read_json(out / "plane/plane.json") and len(found["plane"]["rows"]) == 2 * len(forms.FORMS)
+    classifier = workspace.path / "runs/demo/images/classifier.safetensors"
+    (out / "images/classifier.safetensors").hardlink_to(classifier)
+    deploy.run.run(PIPELINE, out, smoke=True)
+
+    # The page has a section for every claim, and lists what the smoke run leaves out.
+    text = (out / "results.md").read_text()
+    results = read_json(out / "results.json")
+    for name, claim in CLAIMS.items():
+        assert f"## {name}. {claim['title']}" in text
+    assert {row["claim"] for row in results["rows"]} >= set("abcef")
+    assert results["missing"]
+    assert all(method in text for method in results["missing"])
     assert (out / "results.png").stat().st_size > 10_000
+
+    # It has the figures of the toy data.
+    assert benchmark.markdown(results["plane"]) in text
+    assert results["plane"] == read_json(out / "plane/plane.json")
+    assert len(results["plane"]["rows"]) == 2 * len(benchmark.PARAMETRISATIONS)
+
+    # Runs of seed 0 that the smoke run left out.
     for stage in STAGES:
-        verb = next(key for key in stage if key not in deploy.run.APART)
-        words = command(stage, out, quick=True)
-        if verb in ("fit", "collect") and Path(words[words.index("--out") + 1]).name not in ("1", "2"):
-            assert Path(words[words.index("--out") + 1]).exists() or main(words) == 0, stage["name"]
+        if stage_verb(stage) not in ("fit", "collect"):
+            continue
+        words = command(stage, out, smoke=True)
+        folder = Path(words[words.index("--out") + 1])
+        if folder.name in ("1", "2") or folder.exists():
+            continue
+        assert run_command(*words) == 0, stage["name"]
 
 
-ROW = {"nfe": 1, "recall": 0.5, "precision": 0.5}
-
-
-def evaluated(out, method, seed, at, fds, run):
-    """Write an evaluation of the form that `rectify evaluate` gives, with these distances by steps."""
+def write_evaluation(
+    out: Path, method: str, seed: str, at: str, fds: dict[int, float], run: Path
+) -> None:
+    """Write an evaluation as `rectify evaluate` does, with these FDs by number of steps."""
     path = out / "evaluation" / method / seed / at / "evaluation.json"
     path.parent.mkdir(parents=True)
-    steps = {str(n): {**ROW, "fd": fd, "accuracy": 0.9} for n, fd in fds.items()}
-    floors = {"autoencoder": 0.0, "bootstrap": 0.1}
-    about = {"floors": floors, "classifier_accuracy_heldout": 1.0, "reference": "0" * 64, "run": str(run)}
-    settings = {"samples": 2000, "guidance": 1.0, "seed": 2, "sampler": "DDIM"}
-    write_json(path, {"steps": steps, "settings": settings, "first_orderness": 0.1, "straightness": 0.2, **about})
+    measured = {"nfe": 1, "recall": 0.5, "precision": 0.5, "accuracy": 0.9}
+    evaluation = {
+        "steps": {str(steps): {**measured, "fd": fd} for steps, fd in fds.items()},
+        "settings": {"samples": 2000, "guidance": 1.0, "seed": 2, "sampler": "DDIM"},
+        "first_orderness": 0.1,
+        "straightness": 0.2,
+        "floors": {"autoencoder": 0.0, "bootstrap": 0.1},
+        "classifier_accuracy_heldout": 1.0,
+        "reference": "0" * 64,
+        "run": str(run),
+    }
+    write_json(path, evaluation)
 
 
-def trained(out, place, evaluations, *inputs):
-    """Write what a run leaves that `results` reads: its log, its batch, its stage's record."""
-    folder = out / place
+def write_run(out: Path, name: str, evaluations: int, *inputs: str) -> None:
+    """Write what `results` reads about a run: its log, its batch, the record of its stage."""
+    folder = out / name
     folder.mkdir(parents=True)
-    lines = [{"step": step, "seconds": 1.0, "loss": 1.0, "evaluations": evaluations * step // 100} for step in (50, 100)]
+    lines = [
+        {"step": step, "seconds": 1.0, "loss": 1.0, "evaluations": evaluations * step // 100}
+        for step in (50, 100)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "config.yaml").write_text("data: {batch: 10}\n")
-    words = ["fit", "--out", str(folder), *(word for one in inputs for word in ("--model.initial", str(out / one)))]
-    write_json(out / "stages" / f"00-{place.replace('/', '-')}.json", {"words": words, "seconds": 1.0})
+    words = ["fit", "--out", str(folder)]
+    for path in inputs:
+        words += ["--model.initial", str(out / path)]
+    write_json(
+        out / "stages" / f"00-{name.replace('/', '-')}.json", {"words": words, "seconds": 1.0}
+    )
 
 
 @pytest.fixture
 def pipeline(tmp_path):
-    """A pipeline's folder: a teacher, pairs, a student of three seeds and one of that student's first."""
+    """Return a pipeline's folder: teacher, pairs, a student of three seeds, and its own student."""
     out = tmp_path / "runs"
     (out / "stages").mkdir(parents=True)
-    trained(out, "teacher/0", 1000)
+    write_run(out, "teacher/0", 1000)
+    write_evaluation(out, "teacher", "0", "last", {1: 9.0, 32: 2.0}, out / "teacher/0")
+
     (out / "pairs").mkdir()
     write_json(out / "pairs/manifest.json", {"kind": "pairs", "evaluations": 300})
     words = ["collect", "--teacher", str(out / "teacher/0"), "--out", str(out / "pairs")]
     write_json(out / "stages/00-pairs.json", {"words": words, "seconds": 1.0})
-    evaluated(out, "teacher", "0", "last", {1: 9.0, 32: 2.0}, out / "teacher/0")
+
     for seed in ("0", "1", "2"):
-        trained(out, f"student/{seed}", 500, "teacher/0", "pairs")
-        evaluated(out, "student", seed, "last", {1: 2.0 + int(seed), 4: 1.0}, out / "student" / seed)
-        evaluated(out, "student", seed, "50", {1: 4.0}, out / "student" / seed / "checkpoints/step=000000050.ckpt")
-    trained(out, "second/0", 200, "student/0", "teacher/0")
-    evaluated(out, "second", "0", "last", {1: 2.2, 4: 2.0}, out / "second/0")
+        run = out / "student" / seed
+        halfway = run / "checkpoints/step=000000050.ckpt"
+        write_run(out, f"student/{seed}", 500, "teacher/0", "pairs")
+        write_evaluation(out, "student", seed, "last", {1: 2.0 + int(seed), 4: 1.0}, run)
+        write_evaluation(out, "student", seed, "50", {1: 4.0}, halfway)
+
+    write_run(out, "second/0", 200, "student/0", "teacher/0")
+    write_evaluation(out, "second", "0", "last", {1: 2.2, 4: 2.0}, out / "second/0")
     return out
 
 
-def claim(**changes):
-    return {"title": "t", "teacher": "teacher", "methods": ["student", "second"], "steps": [1, 4], "trained": True, **changes}
+def a_claim(**changes: Any) -> dict[str, Any]:
+    """Return a claim about the methods of the fixture `pipeline`."""
+    claim = {
+        "title": "t",
+        "teacher": "teacher",
+        "methods": ["student", "second"],
+        "steps": [1, 4],
+        "trained": True,
+    }
+    return {**claim, **changes}
 
 
-def test_costs_are_those_of_all_that_a_run_was_made_from_but_the_teachers(pipeline):
+def test_costs_are_those_of_everything_a_run_was_made_from_but_teachers(pipeline):
     costs = Costs(pipeline)
-    assert costs.before("second/0") == {"student/0", "teacher/0", "pairs"}
-    assert [costs.whole(place) for place in ("teacher/0", "student/1", "second/0")] == [1000, 800, 1000]
-    assert costs.whole("student/0", 50) == 550 and costs.own("student/0") == 500
+    assert costs.inputs("second/0") == {"student/0", "teacher/0", "pairs"}
+    assert costs.total("teacher/0") == 1000
+    assert costs.total("student/1") == 800
+    assert costs.total("second/0") == 1000
+
+
+def test_costs_until_a_step_are_smaller(pipeline):
+    costs = Costs(pipeline)
+    assert costs.total("student/0", 50) == 550
+    assert costs.direct("student/0") == 500
+
+
+def test_costs_of_a_moved_pipeline_are_the_same(pipeline):
     moved = pipeline.rename(pipeline.with_name("moved"))
-    assert Costs(moved).whole("second/0") == 1000
-    write_json(
-        moved / "stages/00-pairs.json",
-        {"words": ["collect", "--teacher", "away", "--out", str(pipeline / "pairs")], "seconds": 1.0},
-    )
-    assert Costs(moved).whole("student/0") == 800, "pairs of a teacher from elsewhere were drawn all the same"
+    assert Costs(moved).total("second/0") == 1000
 
 
-def test_results_are_medians_over_seeds_with_what_they_cost(pipeline):
-    told = {"x": claim(passes=["second"], reach=1.6)}
-    found = gather(pipeline, told)
-    row = next(row for row in found["rows"] if (row["method"], row["steps"], row["trained"]) == ("student", 1, 1000))
-    assert row["fd"] == {"0": 2.0, "1": 3.0, "2": 4.0} and row["evaluations"] == 800 and row["claim"] == "x"
-    assert all(row["fd"].keys() == {"0"} for row in gather(pipeline, {"x": claim(seeds=["0"])})["rows"])
-    assert len(found["rows"]) == 5, "four steps were not measured at the middle"
-    text = markdown("x", told["x"], found)
-    assert "| student | 1,000 | 800 (0.80) | 3.00 (2.00 to 4.00) | 1.00 | 0.900 | 0.1 | 0.2 |" in text
-    assert "| student | 500 | 550 (0.55) | 4.00 |  | 0.900 |" in text and "FD 2.00, accuracy 0.900" in text
-    assert "- student in 1 step: as good as second at its end (FD 2.20) never" in text
-    assert "- student in 4 steps: as good as second at its end (FD 2.00) after 1,000 samples (100%)" in text
-    assert "- student: 800 (0.80), 1.50 times\n- second: 1,000 (1.00), 1.10 times" in text
+def test_pairs_of_a_teacher_from_elsewhere_cost_the_same(pipeline):
+    words = ["collect", "--teacher", "away", "--out", str(pipeline / "pairs")]
+    write_json(pipeline / "stages/00-pairs.json", {"words": words, "seconds": 1.0})
+    assert Costs(pipeline).total("student/0") == 800
 
 
-FLAT = {"straightness": {"0": 0.5}, "first_orderness": {"0": 0.25}, "form": "Linear + Velocity"}
-BEFORE = {**FLAT, "when": "before", "evaluations": {"0": 100}, "energy": {"1": {"0": 0.75}, "64": {"0": 0.002}}}
-AFTER = {**FLAT, "when": "after", "evaluations": {"0": 250}, "energy": {"1": {"0": 0.003}, "64": {"0": 0.002}}}
-FIGURES = {"format": 1, "law": "two_moons", "updates": 1500, "samples": 4000, "rows": [BEFORE, AFTER]}
+def test_results_hold_every_seeds_measures_and_costs(pipeline):
+    rows = gather(pipeline, {"x": a_claim(passes=["second"], reach=1.6)})["rows"]
+    assert len(rows) == 5, "four steps were not measured at the middle"
+    found = [row for row in rows if (row["method"], row["steps"]) == ("student", 1)]
+    last = next(row for row in found if row["trained"] == 1000)
+    assert last["fd"] == {"0": 2.0, "1": 3.0, "2": 4.0}
+    assert last["evaluations"] == 800
+    assert last["claim"] == "x"
 
 
-def test_the_plane_is_a_section_where_it_was_measured(pipeline, tmp_path, capfd):
-    file, out, measured = tmp_path / "claims.yaml", tmp_path / "results.md", pipeline / "plane/plane.json"
-    words = ["results", "--run", str(pipeline), "--claims", str(file), "--out", str(out)]
-    file.write_text(yaml.safe_dump({"claims": {"x": claim()}}))
-    assert main(words) == 0 and "plane" not in out.read_text() + out.with_suffix(".json").read_text()
-    without = out.read_text()
-    write_json(measured, FIGURES)
-    assert main(words) == 0 and read_json(out.with_suffix(".json"))["plane"] == FIGURES
-    text = out.read_text()
-    assert text.startswith(without) and "\n## In the plane\n" in text, "the claims' parts are what they were"
-    assert "| form | | 1 step | 64 steps | first-order | straight |\n|---|---|---|---|---|---|\n" in text
-    assert "| Linear + Velocity | after | 0.003 (0.003 to 0.003) | 0.002 (0.002 to 0.002) | 0.25 (" in text
-    assert "each seed: 100 before, 250 after, pairs included (2.50)." in text
-    out.write_text(text + "\nWhat I found.\n")
-    write_json(measured, {**FIGURES, "rows": [{**AFTER, "energy": {"1": {"0": "much"}}}]})
-    assert main(words) == 2 and "plane.json: rows[0]: energy: 1: 0: is 'much'" in capfd.readouterr().err
-    measured.unlink()
-    assert main(words) == 0 and "Not measured yet: `rectify plane" in out.read_text()
-    assert out.read_text().endswith("\nWhat I found.\n") and "| form |" not in out.read_text()
-    assert "plane" not in read_json(out.with_suffix(".json"))
+def test_a_claim_may_name_its_seeds(pipeline):
+    rows = gather(pipeline, {"x": a_claim(seeds=["0"])})["rows"]
+    assert all(row["fd"].keys() == {"0"} for row in rows)
 
 
-def test_what_is_missing_is_told_and_what_cannot_be_compared_refused(pipeline, tmp_path, capfd):
-    file, out = tmp_path / "claims.yaml", tmp_path / "results.md"
-    words = ["results", "--run", str(pipeline), "--claims", str(file), "--out", str(out)]
-    file.write_text(yaml.safe_dump({"claims": {"x": claim(methods=["student", "third"]), "y": claim(teacher="nobody")}}))
-    assert main(words) == 0
-    text = out.read_text()
-    assert "Not evaluated yet: third." in text and "Not evaluated yet: nobody." in text
-    out.write_text(text.replace("## x. t", "## x. what I found"))
-    assert main(words) == 0 and out.read_text() == text.replace("## x. t", "## x. what I found")
-    assert read_json(out.with_suffix(".json"))["missing"] == ["third", "nobody"]
-    file.write_text("claims: {x: {title: t}}")
-    assert main(words) == 2 and "claims.yaml: claims: x: has no entry `methods`" in capfd.readouterr().err
-    for wrong, said in [
-        ({"passes": ["third"]}, "must name some of its methods"),
-        ({"reach": "x"}, "reach: is 'x'"),
-        ({"pass": []}, "has an entry `pass`"),
-    ]:
-        file.write_text(yaml.safe_dump({"claims": {"x": claim(**wrong)}}))
-        assert main(words) == 2 and said in capfd.readouterr().err
-    file.write_text(yaml.safe_dump({"claims": {"x": claim(teacher="nobody", methods=["third"])}}))
-    assert main(words) == 2 and "no METHOD/SEED/AT/evaluation.json" in capfd.readouterr().err
+def assert_line(text: str, *parts: str) -> None:
+    """Assert that one line of a text contains all parts."""
+    lines = [line for line in text.splitlines() if all(part in line for part in parts)]
+    assert lines, f"no line with {parts} in\n{text}"
+
+
+def test_the_page_has_medians_over_seeds_and_relative_costs(pipeline):
+    claim = a_claim(passes=["second"], reach=1.6)
+    text = markdown("x", claim, gather(pipeline, {"x": claim}))
+    last = "| student | 1,000 | 800 (0.80) | 3.00 (2.00 to 4.00) | 1.00 | 0.900 | 0.1 | 0.2 |"
+    assert last in text
+    assert "| student | 500 | 550 (0.55) | 4.00 |  | 0.900 |" in text
+    assert_line(text, "FD 2.00", "accuracy 0.900")
+
+
+def test_the_page_counts_samples_until_a_method_is_passed(pipeline):
+    claim = a_claim(passes=["second"], reach=1.6)
+    text = markdown("x", claim, gather(pipeline, {"x": claim}))
+    assert_line(text, "student in 1 step", "second", "FD 2.20", "never")
+    assert_line(text, "student in 4 steps", "second", "FD 2.00", "1,000 samples (100%)")
+
+
+def test_the_page_has_the_costs_of_what_is_reached(pipeline):
+    claim = a_claim(passes=["second"], reach=1.6)
+    text = markdown("x", claim, gather(pipeline, {"x": claim}))
+    assert_line(text, "- student", "800 (0.80)", "1.50")
+    assert_line(text, "- second", "1,000 (1.00)", "1.10")
+
+
+FLAT = {
+    "straightness": {"0": 0.5},
+    "first_orderness": {"0": 0.25},
+    "parametrisation": "Linear + Velocity",
+}
+BEFORE = {
+    **FLAT,
+    "when": "before",
+    "evaluations": {"0": 100},
+    "energy": {"1": {"0": 0.75}, "64": {"0": 0.002}},
+}
+AFTER = {
+    **FLAT,
+    "when": "after",
+    "evaluations": {"0": 250},
+    "energy": {"1": {"0": 0.003}, "64": {"0": 0.002}},
+}
+FIGURES = {
+    "format": 1,
+    "distribution": "two_moons",
+    "updates": 1500,
+    "samples": 4000,
+    "rows": [BEFORE, AFTER],
+}
+
+
+class Page:
+    """The page of results of the fixture `pipeline`, and the file of claims behind it."""
+
+    def __init__(self, pipeline: Path, folder: Path):
+        self.pipeline = pipeline
+        self.claims = folder / "claims.yaml"
+        self.out = folder / "results.md"
+        self.words = ("report", "claims", "--run", pipeline)
+        self.words += ("--claims", self.claims, "--out", self.out)
+        self.state(x=a_claim())
+
+    def state(self, **claims: dict[str, Any]) -> None:
+        """Write the file of claims."""
+        self.claims.write_text(yaml.safe_dump({"claims": claims}))
+
+    def write(self) -> str:
+        """Write the page and return its text."""
+        succeed(*self.words)
+        return self.out.read_text()
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The figures beside the page."""
+        return read_json(self.out.with_suffix(".json"))
+
+
+@pytest.fixture
+def page(pipeline, tmp_path):
+    return Page(pipeline, tmp_path)
+
+
+@pytest.fixture
+def toy_figures(pipeline):
+    """Write the figures of the toy data into the pipeline; return their file."""
+    path = pipeline / "plane/plane.json"
+    write_json(path, FIGURES)
+    return path
+
+
+def test_without_toy_figures_the_page_has_no_section_for_them(page):
+    page.write()
+    assert "plane" not in page.results
+    assert "plane" not in page.out.read_text()
+
+
+def test_toy_figures_are_a_section_after_the_claims(page, pipeline):
+    without = page.write()
+    write_json(pipeline / "plane/plane.json", FIGURES)
+    text = page.write()
+    assert page.results["plane"] == FIGURES
+    assert text.startswith(without), "the claims' sections are unchanged"
+    assert "| Linear + Velocity | after | 0.003 (0.003 to 0.003) | 0.002 (0.002 to 0.002)" in text
+    assert_line(text, "100 before", "250 after", "(2.50)")
+
+
+def test_damaged_toy_figures_are_refused(page, toy_figures, capfd):
+    rows = [{**AFTER, "energy": {"1": {"0": "much"}}}]
+    write_json(toy_figures, {**FIGURES, "rows": rows})
+    assert_refused(capfd, page.words, "plane.json", "rows[0]", "energy", "1: 0", "'much'")
+
+
+def test_toy_figures_that_are_gone_leave_the_page_and_hand_written_text_stays(page, toy_figures):
+    text = page.write()
+    page.out.write_text(text + "\nWhat I found.\n")
+    toy_figures.unlink()
+    text = page.write()
+    assert text.endswith("\nWhat I found.\n")
+    assert "| Linear + Velocity | after |" not in text
+    assert "`rectify toy benchmark" in text, "the page names the command that measures them"
+    assert "plane" not in page.results
+
+
+def test_methods_that_were_not_measured_are_listed(page):
+    page.state(x=a_claim(methods=["student", "third"]), y=a_claim(teacher="nobody"))
+    text = page.write()
+    assert page.results["missing"] == ["third", "nobody"]
+    assert "third." in text
+    assert "nobody." in text
+
+
+def test_hand_written_headings_stay(page):
+    text = page.write().replace("## x. t", "## x. what I found")
+    page.out.write_text(text)
+    assert page.write() == text
+
+
+@pytest.mark.parametrize(
+    ("claim", "named"),
+    [
+        ({"title": "t"}, ("methods",)),
+        (a_claim(passes=["third"]), ("passes",)),
+        (a_claim(steps=[]), ("steps",)),
+        (a_claim(reach="x"), ("reach", "'x'")),
+        (a_claim(**{"pass": []}), ("`pass`",)),
+    ],
+    ids=["entry missing", "passes no method", "no steps", "no number", "unknown entry"],
+)
+def test_a_claim_that_is_none_is_refused(page, capfd, claim, named):
+    page.state(x=claim)
+    assert_refused(capfd, page.words, "claims.yaml", "x", *named)
+
+
+def test_claims_without_any_measured_method_are_refused(page, capfd):
+    page.state(x=a_claim(teacher="nobody", methods=["third"]))
+    assert_refused(capfd, page.words, "evaluation", "METHOD/SEED/AT/evaluation.json")
+
+
+def test_measures_of_other_settings_are_refused(page, pipeline, capfd):
     path = pipeline / "evaluation/second/0/last/evaluation.json"
-    write_json(path, {**read_json(path), "settings": {"samples": 9, "guidance": 1.0, "seed": 2, "sampler": "DDIM"}})
-    file.write_text(yaml.safe_dump({"claims": {"x": claim()}}))
-    assert main(words) == 2 and "cannot be compared" in capfd.readouterr().err
+    settings = {"samples": 9, "guidance": 1.0, "seed": 2, "sampler": "DDIM"}
+    write_json(path, {**read_json(path), "settings": settings})
+    assert_refused(
+        capfd, page.words, str(pipeline / "evaluation"), "'samples': 9", "'samples': 2000"
+    )
 
 
-def test_the_published_results_are_those_of_their_figures():
-    text, found = ((REPOSITORY / f"docs/results.{kind}").read_text() for kind in ("md", "json"))
-    results = json.loads(found)
-    assert all(markdown(name, claim, results) in text for name, claim in named().items()) and not results["missing"]
-    assert forms.markdown(results["plane"]) in text
-    assert [(row["form"], row["when"]) for row in results["plane"]["rows"]] == [*product(forms.FORMS, forms.WHEN)]
-    assert all(row["straightness"].keys() == set("012") for row in results["plane"]["rows"])
-    for row in results["rows"]:
-        assert {"claim", "method", "steps", "fd", "evaluations"} <= row.keys() and row["evaluations"] > 0
+@pytest.fixture(scope="module")
+def published():
+    """Return the published results."""
+    return json.loads((REPOSITORY / "docs/results.json").read_text())
+
+
+def test_the_published_page_is_made_from_the_published_figures(published):
+    text = (REPOSITORY / "docs/results.md").read_text()
+    assert not published["missing"]
+    assert benchmark.markdown(published["plane"]) in text
+    for name, claim in CLAIMS.items():
+        assert markdown(name, claim, published) in text
+
+
+def test_the_published_toy_figures_are_complete(published):
+    rows = published["plane"]["rows"]
+    assert [(row["parametrisation"], row["when"]) for row in rows] == [
+        *product(benchmark.PARAMETRISATIONS, benchmark.PHASES)
+    ]
+    assert all(row["straightness"].keys() == SEEDS for row in rows)
+
+
+def test_the_published_rows_are_complete(published):
+    for row in published["rows"]:
+        assert {"claim", "method", "steps", "fd", "evaluations"} <= row.keys()
+        assert row["evaluations"] > 0
         if row["claim"] in "ab" and not row["method"].startswith("teacher"):
-            assert row["fd"].keys() == set("012")
+            assert row["fd"].keys() == SEEDS

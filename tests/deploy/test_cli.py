@@ -1,167 +1,347 @@
-"""The command line: instant help, and one clear line for whatever is wrong."""
+"""The command line: immediate help, and one clear line for bad input."""
 
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from deploy.cli import VERBS, main
-from models import teacher
+from deploy.cli import FLAG_HELP, VERBS, complete_flags, main
+from models.checkpoint import load_checkpoint
 from models.codec import KL
+from tests.helpers.refusals import assert_refused
+from tests.helpers.training import train
 
 STUDENT = ("fit", "--config", "configs/digits/student.yaml")
 TEACHER = ("fit", "--config", "configs/digits/teacher.yaml")
+CODEC = ("--codec", "runs/demo/autoencoder")
+HEAVY_MODULES = {"torch", "numpy", "lightning", "diffusers", "jsonargparse"}
 
 
 @pytest.fixture
 def refused(workspace, monkeypatch, capfd):
-    """Run a command that must fail with exit code 2 and one line; return the line."""
+    """Return `assert_refused` for commands in the workspace."""
     monkeypatch.chdir(workspace.path)
 
-    def run(*words):
-        assert main([str(word) for word in words]) == 2
-        said = capfd.readouterr().err.strip()
-        lines = [line for line in said.splitlines() if line.startswith("rectify: error: ")]
-        assert len(lines) == 1 and said.endswith(lines[0]) and "Traceback" not in said, said
-        return lines[0]
+    def run(words: tuple[object, ...], *named: object) -> str:
+        return assert_refused(capfd, words, *named)
 
     return run
 
 
-def test_help_is_instant_and_names_every_verb():
-    code = "import sys; from deploy.cli import parser; parser().print_help(); print(*sys.modules, file=sys.stderr)"
+def test_help_names_every_verb_without_heavy_imports():
+    code = """
+import sys
+from deploy.cli import help_text
+print(help_text())
+print(*sys.modules, file=sys.stderr)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(f"  {verb}" in done.stdout for verb in VERBS)
-    assert not {"torch", "numpy", "lightning", "diffusers", "jsonargparse"} & set(done.stderr.split())
+    assert not HEAVY_MODULES & set(done.stderr.split())
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
-def test_every_verb_has_help_for_a_stranger(capsys, verb):
+def test_every_verb_has_help(capsys, verb):
     with pytest.raises(SystemExit, match="0"):
-        main([verb, "--help"])
+        main([*verb.split(), "--help"])
     text = capsys.readouterr().out
-    assert len(text.splitlines()) > 8 and ("--out" in text or verb in ("report", "index"))
+    assert len(text.splitlines()) > 8
+    assert "--out" in text or verb in ("report", "index")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "named"),
     [
-        (("colect",), "no verb 'colect'; did you mean `collect`?"),
-        (("collect", "--techer", "x"), "no option `techer`; did you mean `teacher`?"),
-        ((*TEACHER, "--trainer.max_stepz", "3"), "no option `trainer.max_stepz`; did you mean `trainer.max_steps`?"),
-        ((*TEACHER, "--model.denoiser.interpolant", "Linaer"), "denoiser.interpolant: no class `Linaer`; did you mean `Linear`?"),
-        ((*TEACHER, "--data.source.pth", "x"), "data.source: Latents has no `pth`; did you mean `path`?"),
-        ((*TEACHER, "--optimizer.lrr", "1"), "AdamW has no `lrr`; did you mean `lr`?"),
-        (("fit", "--config", "nowhere.yaml"), "nowhere.yaml"),
-        (("run", "nowhere.yaml"), "nowhere.yaml"),
-        (("pack", "--out", "x", "--images", "nowhere"), "nowhere: no such folder"),
-        (("encode", "--images", "nowhere", "--codec", "runs/demo/autoencoder", "--out", "x"), "nowhere: no such folder"),
-        (("encode", "--images", "runs/demo/images/train", "--codec", "nowhere", "--out", "x"), "nowhere: no such codec folder"),
-        (("encode", "--images", "runs/demo/latents", "--codec", "runs/demo/autoencoder", "--out", "x"), "holds latents, wanted"),
-        (("collect", "--teacher", "nowhere", "--out", "x"), "nowhere: no such run folder"),
-        (("collect", "--teacher", "runs/demo/images", "--out", "x"), "no checkpoint under"),
-        (("collect", "--teacher", "runs/demo/autoencoder", "--out", "x"), "holds no denoiser"),
-        (("sample", "--run", "runs/demo/student", "--out", "x.png", "--steps", "0"), "steps is 0"),
-        (("sample", "--run", "runs/demo/student", "--out", "x.png", "--count", "7"), "count: 7 is not"),
-        (("export", "--run", "nowhere", "--out", "x"), "nowhere: no such run folder"),
-        (("report", "--run", "runs/demo/images"), "no evaluation.json below it"),
-        ((*STUDENT, "--out", "x", "--data.source.guidance", "5"), "collected with guidance 1.0, the configuration says 5"),
-        ((*TEACHER, "--out", "x", "--model.denoiser.net.channels", "3"), "(4, 8, 8), model.denoiser.net is built for (3, 8, 8)"),
-        ((*TEACHER, "--out", "x", "--model.condition.classes", "3"), "model.denoiser.net.classes is 10, model.condition has 3"),
-        ((*TEACHER, "--out", "x", "--model.denoiser.net.heads", "5"), "fit: Attention: width 64 is not a multiple of heads 5"),
-        ((*TEACHER, "--out", "x", "--model.condition.dropout", "2"), "fit: ClassLabel: dropout is 2.0, it must lie in [0, 1]"),
-        ((*TEACHER, "--out", "x", "--model.codec", "nowhere"), "fit: nowhere: no such codec folder"),
-        ((*TEACHER, "--out", "x", "--model.codec", "null"), "model.codec: the data are latents"),
-        ((*TEACHER, "--out", "x", "--trainer.max_steps", "-1"), "trainer.max_steps: -1"),
-        (("run", "configs/digits/pipeline.yaml"), "was finished with other settings"),
+        (("colect",), ("'colect'", "`collect`")),
+        (("collect", "--techer", "x"), ("collect", "`techer`", "`teacher`")),
+        (
+            (*TEACHER, "--trainer.max_stepz", "3"),
+            ("`trainer.max_stepz`", "`trainer.max_steps`"),
+        ),
+        (
+            (*TEACHER, "--model.denoiser.interpolant", "Linaer"),
+            ("denoiser.interpolant", "`Linaer`", "`Linear`"),
+        ),
+        ((*TEACHER, "--data.source.pth", "x"), ("data.source", "Latents", "`pth`", "`path`")),
+        ((*TEACHER, "--optimizer.lrr", "1"), ("AdamW", "`lrr`", "`lr`")),
     ],
-)  # fmt: skip
-def test_bad_input_is_one_line(refused, words, said):
-    assert said in refused(*words)
+    ids=["verb", "option", "nested option", "class", "class argument", "optimizer argument"],
+)
+def test_a_misspelt_word_is_refused_with_the_nearest(refused, words, named):
+    refused(words, *named)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("toy", "pictur", "--out", "x"), ("'toy pictur'", "`toy picture`")),
+        (("report", "sedes"), ("'report sedes'", "`report seeds`")),
+        (("toy",), ("'toy'", "toy picture", "toy benchmark")),
+        (("table",), ("'table'", "rectify --help")),
+    ],
+    ids=["second word", "second word of a verb", "no second word", "unlike any"],
+)
+def test_an_unknown_verb_is_refused_with_the_nearest(refused, words, named):
+    refused(words, *named)
+
+
+def test_help_of_a_first_word_names_its_verbs(capsys):
+    assert main(["toy", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "toy picture" in text
+    assert "toy benchmark" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("x.yaml --smoke", "x.yaml --smoke true"),
+        ("x.yaml --smoke --jobs 2", "x.yaml --smoke true --jobs 2"),
+        ("--smoke x.yaml", "--smoke true x.yaml"),
+        ("x.yaml --smoke true", "x.yaml --smoke true"),
+        ("x.yaml --smoke False", "x.yaml --smoke False"),
+        ("x.yaml --smoke=false", "x.yaml --smoke=false"),
+        ("x.yaml --jobs", "x.yaml --jobs"),
+    ],
+)
+def test_a_boolean_option_without_a_value_means_true(words, completed):
+    assert complete_flags(words.split(), ["smoke"], positional=True) == completed.split()
+
+
+def test_help_explains_boolean_options(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", "--help"])
+    assert FLAG_HELP in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_boolean_option_of_fit_may_have_no_value(capsys, workspace, monkeypatch):
+    monkeypatch.chdir(workspace.path)
+    with pytest.raises(SystemExit, match="0"):
+        main([*TEACHER, "--trainer.enable_progress_bar", "--print_config"])
+    assert "enable_progress_bar: true" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("fit", "--config", "nowhere.yaml"), ("nowhere.yaml",)),
+        (("run", "nowhere.yaml"), ("nowhere.yaml",)),
+        (("pack", "--out", "x", "--images", "nowhere"), ("nowhere",)),
+        (("encode", "--images", "nowhere", *CODEC, "--out", "x"), ("nowhere",)),
+        (
+            ("encode", "--images", "runs/demo/images/train", "--codec", "nowhere", "--out", "x"),
+            ("nowhere", "codec"),
+        ),
+        (("collect", "--teacher", "nowhere", "--out", "x"), ("nowhere",)),
+        (("export", "--run", "nowhere", "--out", "x"), ("nowhere",)),
+        ((*TEACHER, "--out", "x", "--model.codec", "nowhere"), ("fit", "nowhere", "codec")),
+    ],
+    ids=["fit", "run", "pack", "encode", "encode codec", "collect", "export", "fit codec"],
+)
+def test_a_missing_file_is_refused_by_name(refused, words, named):
+    refused(words, *named)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (
+            ("encode", "--images", "runs/demo/latents", *CODEC, "--out", "x"),
+            ("runs/demo/latents", "images", "latents"),
+        ),
+        (
+            ("collect", "--teacher", "runs/demo/images", "--out", "x"),
+            ("runs/demo/images", "checkpoint"),
+        ),
+        (
+            ("collect", "--teacher", "runs/demo/autoencoder", "--out", "x"),
+            ("runs/demo/autoencoder", "denoiser"),
+        ),
+        (("report", "--run", "runs/demo/images"), ("runs/demo/images", "evaluation.json")),
+    ],
+    ids=["latents as images", "images as run", "autoencoder as teacher", "images as pipeline"],
+)
+def test_a_folder_of_another_kind_is_refused(refused, words, named):
+    refused(words, *named)
+
+
+SAMPLE = ("sample", "--run", "runs/demo/student", "--out", "x.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ((*SAMPLE, "--steps", "0"), ("steps", "0")),
+        ((*SAMPLE, "--count", "7"), ("count", "7")),
+        ((*STUDENT, "--out", "x", "--data.source.guidance", "5"), ("guidance", "1.0", "5")),
+        (
+            (*TEACHER, "--out", "x", "--model.denoiser.net.channels", "3"),
+            ("model.denoiser.net", "(4, 8, 8)", "(3, 8, 8)"),
+        ),
+        (
+            (*TEACHER, "--out", "x", "--model.condition.classes", "3"),
+            ("model.denoiser.net.classes", "10", "model.condition", "3"),
+        ),
+        (
+            (*TEACHER, "--out", "x", "--model.denoiser.net.heads", "5"),
+            ("fit", "Attention", "width", "64", "heads", "5"),
+        ),
+        (
+            (*TEACHER, "--out", "x", "--model.condition.dropout", "2"),
+            ("fit", "ClassLabel", "dropout", "2.0", "[0, 1]"),
+        ),
+        ((*TEACHER, "--out", "x", "--model.codec", "null"), ("model.codec", "latents")),
+        ((*TEACHER, "--out", "x", "--trainer.max_steps", "-1"), ("trainer.max_steps", "-1")),
+    ],
+    ids=[
+        *("steps", "count", "guidance", "channels", "classes"),
+        *("heads", "dropout", "codec", "max_steps"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused(refused, words, named):
+    refused(words, *named)
+
+
+def test_a_pipeline_finished_with_other_settings_is_refused(refused):
+    refused(("run", "configs/digits/pipeline.yaml"), "runs/demo", "stage", "--out")
 
 
 def test_pairs_of_another_teacher_are_refused(refused, tmp_path):
-    other = ("--model.initial", "runs/demo/student", "--out", tmp_path / "x", "--trainer.max_steps", "2")
-    line = refused(*STUDENT, *other)
-    assert "collected with teacher " in line and ", the configuration says " in line
+    other = ("--model.initial", "runs/demo/student", "--out", tmp_path / "x")
+    refused((*STUDENT, *other, "--trainer.max_steps", "2"), "runs/demo/pairs", "teacher")
 
 
-def test_pairs_of_another_form_are_refused(refused, tmp_path):
-    other = ("--model.initial", "null", "--model.denoiser.interpolant", "Trigonometric", "--out", tmp_path / "x")
-    line = refused(*STUDENT, *other, "--trainer.max_steps", "2")
-    assert "collected with interpolant Linear(sigma_min=0.0), the configuration says Trigonometric(); to convert them set" in line
+TRIGONOMETRIC = ("--model.denoiser.interpolant", "Trigonometric")
 
 
-def test_pairs_of_another_form_are_converted_when_told_to(workspace, tmp_path, monkeypatch):
+def test_pairs_of_another_interpolant_are_refused(refused, tmp_path):
+    words = (*STUDENT, "--model.initial", "null", *TRIGONOMETRIC, "--out", tmp_path / "x")
+    refused(
+        (*words, "--trainer.max_steps", "2"),
+        *(
+            "interpolant",
+            "Linear(sigma_min=0.0)",
+            "Trigonometric()",
+            "data.source.allow_conversion",
+        ),
+    )
+
+
+def test_pairs_of_another_interpolant_are_converted_with_an_option(
+    workspace, tmp_path, monkeypatch
+):
     monkeypatch.chdir(workspace.path)
-    words = ("--model.denoiser.interpolant", "Trigonometric", "--data.source.convert", "true", "--trainer.max_steps", "2")
-    assert not main([*STUDENT, *words, "--out", str(tmp_path / "x"), "--trainer.logger", "false"])
-    assert repr(teacher.load(tmp_path / "x")[0].interpolant) == "Trigonometric()"
+    words = (*TRIGONOMETRIC, "--data.source.allow_conversion", "true")
+    run = train("configs/digits/student.yaml", tmp_path / "x", *words, steps=2)
+    assert repr(load_checkpoint(run)[0].interpolant) == "Trigonometric()"
 
 
-@pytest.mark.parametrize("damage", ["torn", "foreign", "pickle", "empty"])
-def test_a_checkpoint_that_is_not_ours_is_named_and_runs_nothing(workspace, refused, tmp_path, damage):
-    run = tmp_path / "run"
-    shutil.copytree(workspace.path / "runs/demo/teacher", run)
-    path = sorted((run / "checkpoints").glob("*.ckpt"))[-1]
+class Bomb:
+    """An object whose unpickling creates a file."""
 
-    class Bomb:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "owned"), "w"))
+    def __init__(self, target: Path):
+        self.target = target
 
+    def __reduce__(self):
+        return (open, (str(self.target), "w"))
+
+
+@pytest.fixture
+def copied_run(workspace, tmp_path):
+    """Return a copy of the demo's teacher."""
+    return shutil.copytree(workspace.path / "runs/demo/teacher", tmp_path / "run")
+
+
+def damage_file(path: Path, damage: str, target: Path) -> None:
+    """Damage a checkpoint; a pickle's code would create `target`."""
     if damage == "torn":
         path.write_bytes(path.read_bytes()[:-5000])
     elif damage == "empty":
         path.write_bytes(b"")
+    elif damage == "foreign":
+        torch.save({"state_dict": {}}, path)
     else:
-        torch.save({"state_dict": {}} if damage == "foreign" else {"rectify": Bomb()}, path)
-    line = refused("collect", "--teacher", run, "--out", tmp_path / "pairs")
-    assert path.name in line
-    fit = ("--out", run, "--trainer.max_steps", "30")
-    assert path.name in refused(*TEACHER, *fit), "a torn checkpoint is never a silent restart"
+        torch.save({"rectify": Bomb(target)}, path)
+
+
+@pytest.mark.parametrize("damage", ["torn", "foreign", "pickle", "empty"])
+def test_a_damaged_weights_file_is_named_and_its_code_never_runs(
+    refused, copied_run, tmp_path, damage
+):
+    path = sorted((copied_run / "checkpoints").glob("*.ckpt"))[-1]
+    damage_file(path, damage, tmp_path / "owned")
+    refused(("collect", "--teacher", copied_run, "--out", tmp_path / "pairs"), path.name)
+    # Training refuses it, too: it never restarts silently.
+    refused((*TEACHER, "--out", copied_run, "--trainer.max_steps", "30"), path.name)
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_run_of_another_model_is_not_resumed(workspace, refused, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(workspace.path / "runs/demo/teacher", run)
-    line = refused(*TEACHER, "--out", run, "--trainer.max_steps", "30", "--model.denoiser.net.depth", "2")
-    assert "holds a run of another model" in line
-    assert (run / "config.yaml").read_bytes() == (workspace.path / "runs/demo/teacher/config.yaml").read_bytes()
+def test_a_run_of_another_model_is_not_resumed(refused, copied_run):
+    before = (copied_run / "config.yaml").read_bytes()
+    deeper = ("--trainer.max_steps", "30", "--model.denoiser.net.depth", "2")
+    refused((*TEACHER, "--out", copied_run, *deeper), copied_run, "depth")
+    assert (copied_run / "config.yaml").read_bytes() == before
 
 
-def test_a_teacher_that_cannot_start_from_noise_writes_no_pairs(workspace, refused, tmp_path):
-    """Noise on Linear is singular at t = 1: no NaN is ever written under a final name."""
-    run = tmp_path / "run"
-    words = ("--model.denoiser.prediction", "Noise", "--trainer.max_steps", "1", "--out", run)
-    workspace.rectify(*TEACHER, *words)
-    assert "is singular" in refused("collect", "--teacher", run, "--out", tmp_path / "pairs", "--pairs", "64", "--steps", "2")
-    assert not list((tmp_path / "pairs").glob("*.tar"))
-    assert "is singular" in refused("sample", "--run", run, "--out", tmp_path / "x.png")
+@pytest.fixture(scope="module")
+def singular_run(workspace, tmp_path_factory):
+    """Return a run that predicts noise on Linear, which is singular at t = 1."""
+    run = tmp_path_factory.mktemp("singular") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace.path)
+        noise = ("--model.denoiser.prediction", "NoisePrediction")
+        return train("configs/digits/teacher.yaml", run, *noise, steps=1)
 
 
-def test_an_export_never_replaces_a_folder_that_is_none(refused, tmp_path):
+def test_a_teacher_that_is_singular_at_noise_writes_no_pairs(refused, singular_run, tmp_path):
+    pairs = tmp_path / "pairs"
+    words = ("--pairs", "64", "--steps", "2")
+    refused(
+        ("collect", "--teacher", singular_run, "--out", pairs, *words), "NoisePrediction", "Linear"
+    )
+    assert not list(pairs.glob("*.tar"))
+
+
+def test_a_teacher_that_is_singular_at_noise_draws_no_image(refused, singular_run, tmp_path):
+    refused(
+        ("sample", "--run", singular_run, "--out", tmp_path / "x.png"), "NoisePrediction", "Linear"
+    )
+
+
+def test_a_folder_that_holds_other_files_is_never_replaced(refused, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    assert "is no export of ours" in refused("export", "--run", "runs/demo/student", "--out", tmp_path)
+    refused(("export", "--run", "runs/demo/student", "--out", tmp_path), tmp_path, "--out")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 @pytest.mark.parametrize(
-    "text", ["stages: [a: {b", "{out: x, stages: [pack]}", "{out: x, stages: 3}", "{out: x, stages: [{name: a}]}"]
+    "text",
+    [
+        "stages: [a: {b",
+        "{out: x, stages: [pack]}",
+        "{out: x, stages: 3}",
+        "{out: x, stages: [{name: a}]}",
+    ],
+    ids=["no YAML", "stage is a word", "stages is a number", "stage without verb"],
 )
-def test_a_pipeline_that_is_none_is_named(refused, tmp_path, text):
+def test_a_bad_pipeline_file_is_named(refused, tmp_path, text):
     (tmp_path / "pipeline.yaml").write_text(text)
-    assert "pipeline.yaml: " in refused("run", tmp_path / "pipeline.yaml")
+    refused(("run", tmp_path / "pipeline.yaml"), "pipeline.yaml: ")
 
 
-def test_another_seed_or_batch_is_not_resumed(workspace, refused, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(workspace.path / "runs/demo/teacher", run)
-    more = ("--out", run, "--trainer.max_steps", "30")
-    assert "data.batch: the run was begun with 256, the configuration says 64" in refused(*TEACHER, *more, "--data.batch", "64")
-    assert "data.seed: the run was begun with 0" in refused(*TEACHER, *more, "--seed_everything", "9")
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--data.batch", "64"), ("data.batch", "256", "64")),
+        (("--seed_everything", "9"), ("data.seed", "0", "9")),
+    ],
+    ids=["batch", "seed"],
+)
+def test_another_seed_or_batch_is_not_resumed(refused, copied_run, words, named):
+    refused((*TEACHER, "--out", copied_run, "--trainer.max_steps", "30", *words), *named)
 
 
 def test_latents_of_another_codec_are_refused(workspace, refused, tmp_path):
@@ -170,5 +350,5 @@ def test_latents_of_another_codec_are_refused(workspace, refused, tmp_path):
     codec = KL(str(other))
     codec.vae.decoder.conv_out.bias.data += 1
     codec.save(other)
-    line = refused(*TEACHER, "--out", tmp_path / "x", "--model.codec", other, "--trainer.max_steps", "1")
-    assert "is not the codec that runs/demo/latents was encoded with" in line
+    words = ("--out", tmp_path / "x", "--model.codec", other, "--trainer.max_steps", "1")
+    refused((*TEACHER, *words), other, "codec", "runs/demo/latents")

@@ -1,77 +1,101 @@
-"""Consistency and progressive distillation run by their configurations, on the demo's artefacts."""
+"""Consistency and progressive distillation, trained by their configs on the demo's artefacts."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from deploy.cli import main
-from models import teacher
+from models.checkpoint import newest_checkpoint, read_checkpoint
+from tests.helpers.refusals import assert_refused
+from tests.helpers.training import fit_words, losses, train
 
 OBJECTIVE = "--model.objective.init_args"
+SHORT = ("--data.batch", "32", "--metrics.every", "1")
+CONSISTENCY = Path("configs/digits/consistency.yaml")
+PROGRESSIVE = Path("configs/digits/progressive.yaml")
 
 
-@pytest.fixture
-def fit(workspace, monkeypatch, tmp_path):
-    """Train three steps in this process; return the exit code."""
+@pytest.fixture(autouse=True)
+def inside_workspace(workspace, monkeypatch):
+    """Run commands in the folder that holds runs/demo."""
     monkeypatch.chdir(workspace.path)
 
-    def run(name, *words, teacher=True):
-        config = yaml.safe_load(Path(f"configs/digits/{name}.yaml").read_text())
-        if not teacher:
-            del config["model"]["init_args"]["objective"]["init_args"]["teacher"]
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-        out = ("--out", str(tmp_path / "run"), "--trainer.max_steps", "3", "--data.batch", "32", "--trainer.logger", "false")
-        return main(["fit", "--config", str(tmp_path / "run.yaml"), *out, "--metrics.every", "1", *words])
 
-    return run
+def without_teacher(config: Path) -> dict:
+    """Return a configuration's content without the objective's teacher."""
+    content = yaml.safe_load(config.read_text())
+    del content["model"]["init_args"]["objective"]["init_args"]["teacher"]
+    return content
 
 
-@pytest.mark.parametrize(
-    ("name", "words", "taught"),
-    [
-        ("consistency", (), True),
-        ("consistency", (f"{OBJECTIVE}.doublings", "2", f"{OBJECTIVE}.every", "1"), False),
-        ("consistency", (f"{OBJECTIVE}.windows", "4", f"{OBJECTIVE}.teacher.init_args.guidance", "2"), True),
-        ("consistency", (f"{OBJECTIVE}.drawn", "true", "--model.denoiser.init_args.net.init_args.jumps", "true"), True),
-        ("progressive", (), True),
-    ],
-)
-def test_the_configuration_trains(fit, tmp_path, name, words, taught):
-    assert not fit(name, *words, teacher=taught)
-    assert [json.loads(line)["loss"] > 0 for line in (tmp_path / "run" / "metrics.jsonl").open()] == [True] * 3
-    kept = teacher.read(teacher.newest(tmp_path / "run"))["state_dict"]
-    assert all(key.startswith("denoiser.") for key in kept), "a frozen teacher is in no checkpoint"
+def assert_trained(run: Path) -> None:
+    """Assert that three steps were trained, and that the checkpoint holds only the student."""
+    found = losses(run)
+    assert len(found) == 3
+    assert all(loss > 0 for loss in found)
+    weights = read_checkpoint(newest_checkpoint(run))["state_dict"]
+    assert all(key.startswith("denoiser.") for key in weights)
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "said"),
+    ("config", "words"),
     [
-        ("consistency", (f"{OBJECTIVE}.windows", "5"), "steps is 32, no multiple of windows, 5"),
-        ("consistency", (f"{OBJECTIVE}.drawn", "true"), "drawn is true, but the network reads one time"),
-        ("consistency", (f"{OBJECTIVE}.teacher.init_args.run", "nowhere"), "nowhere: no such run folder"),
-        ("progressive", (f"{OBJECTIVE}.steps", "0"), "steps is 0, it must be at least 1"),
-        ("progressive", ("--model.denoiser.interpolant", "Trigonometric"), "teacher is on Linear(sigma_min=0.0), the student on"),
+        (CONSISTENCY, ()),
+        (
+            CONSISTENCY,
+            (f"{OBJECTIVE}.windows", "4", f"{OBJECTIVE}.teacher.init_args.guidance", "2"),
+        ),
+        (
+            CONSISTENCY,
+            (
+                f"{OBJECTIVE}.random_end",
+                "true",
+                "--model.denoiser.init_args.net.init_args.two_time",
+                "true",
+            ),
+        ),
+        (PROGRESSIVE, ()),
     ],
+    ids=["consistency", "phased, guided teacher", "trajectory", "progressive"],
 )
-def test_what_cannot_be_is_one_line(fit, capfd, name, words, said):
-    assert fit(name, *words) == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("rectify: error: ")]
-    assert len(lines) == 1 and said in lines[0]
+def test_the_config_trains_a_student_alone(tmp_path, config, words):
+    assert_trained(train(config, tmp_path / "run", *SHORT, *words, steps=3))
 
 
-def test_a_target_that_is_an_average_goes_on_where_it_was(fit, tmp_path):
-    """Two steps and then a third give what three give: averages are read back before they are asked."""
-    averaged = (f"{OBJECTIVE}.target", "Averaged", "--trainer.max_steps")
-    kept = {}
-    for steps in (("3",), ("2", "3")):
-        for until in steps:
-            assert not fit("consistency", *averaged, until)
-        kept[steps] = teacher.read(teacher.newest(tmp_path / "run"))
-        shutil.rmtree(tmp_path / "run")
-    one, two = kept.values()
+def test_the_config_trains_without_a_teacher(tmp_path):
+    schedule = (f"{OBJECTIVE}.doublings", "2", f"{OBJECTIVE}.every", "1")
+    config = without_teacher(CONSISTENCY)
+    assert_trained(train(config, tmp_path / "run", *SHORT, *schedule, steps=3))
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "named"),
+    [
+        (CONSISTENCY, (f"{OBJECTIVE}.windows", "5"), ("steps", "32", "windows", "5")),
+        (CONSISTENCY, (f"{OBJECTIVE}.random_end", "true"), ("random_end", "true", "false")),
+        (CONSISTENCY, (f"{OBJECTIVE}.teacher.init_args.run", "nowhere"), ("nowhere",)),
+        (PROGRESSIVE, (f"{OBJECTIVE}.steps", "0"), ("Progressive", "steps", "0", "1")),
+        (
+            PROGRESSIVE,
+            ("--model.denoiser.interpolant", "Trigonometric"),
+            ("runs/demo/teacher", "Linear(sigma_min=0.0)", "Trigonometric()"),
+        ),
+    ],
+    ids=["windows", "random_end", "no teacher", "steps", "interpolant"],
+)
+def test_a_value_that_does_not_fit_is_refused(tmp_path, capfd, config, words, named):
+    command = fit_words(config, tmp_path / "run", *SHORT, *words, steps=3)
+    assert_refused(capfd, command, *named)
+
+
+def test_averaged_targets_continue_after_a_restart(tmp_path):
+    """Two steps and then a third give the weights and averages of three steps at once."""
+    words = (*SHORT, f"{OBJECTIVE}.target", "EMATeacher")
+    whole = train(CONSISTENCY, tmp_path / "whole", *words, steps=3)
+    for steps in (2, 3):
+        resumed = train(CONSISTENCY, tmp_path / "resumed", *words, steps=steps)
+    expected, found = (read_checkpoint(newest_checkpoint(run)) for run in (whole, resumed))
     for part in ("state_dict", "ema"):
-        assert all(torch.equal(value, two[part][key]) for key, value in one[part].items())
+        for key, value in expected[part].items():
+            assert torch.equal(value, found[part][key]), key

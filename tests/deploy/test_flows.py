@@ -1,40 +1,36 @@
-"""Flows through the command line: they learn, and resume."""
-
-import json
+"""Normalizing flows through the command line: they learn, and they resume."""
 
 import pytest
 import torch
 
-from deploy.cli import main
-from models import flow as flows
-from tests.conftest import REPOSITORY
+from models import normalizing_flow as flows
+from tests.helpers.commands import REPOSITORY
+from tests.helpers.training import losses, train
 
-FEW = ("--data.batch", "32", "--metrics.every", "1", "--trainer.accelerator", "cpu")
-
-
-def fit(name, out, *words, steps=2):
-    config = str(REPOSITORY / "configs/flows" / f"{name}.yaml")
-    assert not main(["fit", "--config", config, "--out", str(out), "--trainer.max_steps", str(steps), *FEW, *words])
-
-
-def losses(run):
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()]
+SHORT = ("--data.batch", "32", "--metrics.every", "1")
+SMALL = ("--model.flow.width", "16", "--model.flow.depth", "1")
+ROUGH = ("--model.flow.tolerance", "0.01")
+ESTIMATED = ("--model.flow.estimate", "true", *ROUGH)
+SPLINE = REPOSITORY / "configs/flows/spline.yaml"
+CONTINUOUS = REPOSITORY / "configs/flows/continuous.yaml"
 
 
-@pytest.mark.parametrize("name", ["spline", "continuous"])
-def test_maximum_likelihood_lowers_the_loss(tmp_path, name):
-    rough = ("--model.flow.tolerance", "0.01") if name == "continuous" else ()
-    fit(name, tmp_path, "--model.flow.width", "16", "--model.flow.depth", "1", *rough, steps=60)
-    found = losses(tmp_path)
-    assert len(found) == 60 and sum(found[-5:]) / 5 < found[0] - 0.1
+@pytest.mark.parametrize(
+    ("config", "words"), [(SPLINE, ()), (CONTINUOUS, ROUGH)], ids=["spline", "continuous"]
+)
+def test_training_lowers_the_loss(tmp_path, config, words):
+    found = losses(train(config, tmp_path / "run", *SHORT, *SMALL, *words, steps=60))
+    assert len(found) == 60
+    assert sum(found[-5:]) / 5 < found[0] - 0.1
 
 
-@pytest.mark.parametrize("name", ["spline", "continuous"])
-def test_a_resumed_run_has_the_weights_of_one_that_was_not_stopped(tmp_path, name):
-    estimate = ("--model.flow.estimate", "true", "--model.flow.tolerance", "0.01") if name == "continuous" else ()
-    for run, steps in (("whole", (4,)), ("cut", (2, 4))):
-        for step in steps:
-            fit(name, tmp_path / run, *estimate, steps=step)
-    whole, cut = (flows.load(tmp_path / run).state_dict() for run in ("whole", "cut"))
-    assert all(torch.equal(value, cut[key]) for key, value in whole.items())
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+@pytest.mark.parametrize(
+    ("config", "words"), [(SPLINE, ()), (CONTINUOUS, ESTIMATED)], ids=["spline", "continuous"]
+)
+def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(tmp_path, config, words):
+    whole = train(config, tmp_path / "whole", *SHORT, *words, steps=4)
+    for steps in (2, 4):
+        resumed = train(config, tmp_path / "resumed", *SHORT, *words, steps=steps)
+    expected, found = (flows.load_flow(run).state_dict() for run in (whole, resumed))
+    assert all(torch.equal(value, found[key]) for key, value in expected.items())
+    assert losses(whole) == losses(resumed)

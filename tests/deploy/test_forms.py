@@ -1,7 +1,8 @@
-"""The comparison of forms: all of them train, and their evaluations make a table."""
+"""The comparison of interpolants and predictions: all train, and their evaluations make a table."""
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,117 +10,205 @@ from PIL import Image
 
 import deploy.run
 from data.files import read_json, write_json
-from deploy.cli import main
+from deploy.report.seeds import BEGIN, END, markdown
 from deploy.run import command, load
-from models import teacher
-from tests.conftest import REPOSITORY
-from trainer import job
-from trainer.evaluate import Drawing
-from trainer.report.spread import BEGIN, END, markdown
+from models.checkpoint import load_checkpoint
+from tests.helpers.commands import REPOSITORY, succeed
+from tests.helpers.refusals import assert_refused
+from trainer.jobs import job
+from trainer.jobs.evaluate import RunSampler
 
 PIPELINE = REPOSITORY / "configs/forms/pipeline.yaml"
-FITS = [stage for stage in load(PIPELINE)["stages"] if stage["name"].startswith("fit-")]
+STAGES = load(PIPELINE)["stages"]
+FITS = [stage for stage in STAGES if stage["name"].startswith("fit-")]
 
 
-def test_the_stages_are_every_form_and_seed_at_the_same_budget():
-    stages = [stage["name"] for stage in load(PIPELINE)["stages"]]
-    assert len(FITS) == 15 and len([name for name in stages if name.startswith("evaluate-")]) == 15
-    budgets = {key for stage in FITS for key in stage["fit"] if key.startswith(("trainer.", "optimizer.", "data.batch"))}
-    assert not budgets, "forms differ in nothing but what they are"
+@pytest.fixture
+def inside_workspace(workspace, monkeypatch):
+    """Run commands in the folder that holds runs/demo, and return it."""
+    monkeypatch.chdir(workspace.path)
+    return workspace.path
+
+
+def test_every_model_has_three_seeds_trained_and_measured():
+    assert len(FITS) == 15
+    assert len([stage for stage in STAGES if stage["name"].startswith("evaluate-")]) == 15
+
+
+def test_all_models_have_the_same_budget():
+    budget = ("trainer.", "optimizer.", "data.batch")
+    for stage in FITS:
+        assert not [key for key in stage["fit"] if key.startswith(budget)]
 
 
 @pytest.mark.parametrize("stage", FITS[:5], ids=lambda stage: stage["name"])
-def test_every_form_trains_and_samples(workspace, tmp_path, monkeypatch, stage):
-    monkeypatch.chdir(workspace.path)
-    words = command(stage, tmp_path, quick=True)
-    swap = {f"{tmp_path}/latents": "runs/demo/latents", f"{tmp_path}/latents/codec": "runs/demo/latents/codec"}
-    assert not main([*(swap.get(word, word) for word in words), "--trainer.logger", "false"])
+def test_every_model_trains_and_samples(inside_workspace, tmp_path, stage):
+    # Train on the demo's latents.
+    demo = {
+        f"{tmp_path}/latents": "runs/demo/latents",
+        f"{tmp_path}/latents/codec": "runs/demo/latents/codec",
+    }
+    words = [demo.get(word, word) for word in command(stage, tmp_path, smoke=True)]
+    succeed(*words, "--trainer.logger", "false")
+
+    # The run has the interpolant and the prediction of its stage.
     run = tmp_path / stage["name"].removeprefix("fit-").removesuffix("-0") / "0"
-    denoiser, _, _ = teacher.load(run)
+    denoiser, _, _ = load_checkpoint(run)
     wanted = {key.rpartition(".")[2]: value for key, value in stage["fit"].items()}
     assert type(denoiser.interpolant).__name__ == wanted["interpolant"]
     assert type(denoiser.prediction).__name__ == wanted["prediction"]
-    assert not main(["sample", "--run", str(run), "--out", str(tmp_path / "x.png"), "--steps", "2", "--sampler", "Heun"])
+
+    words = ("--out", tmp_path / "x.png", "--steps", "2", "--sampler", "Heun")
+    succeed("sample", "--run", run, *words)
 
 
-def test_the_quick_form_makes_a_table(workspace, tmp_path, monkeypatch, inside):
-    monkeypatch.chdir(workspace.path)
+def test_the_smoke_run_makes_a_table(inside_workspace, tmp_path, inside):
     (tmp_path / "images").mkdir()
-    (tmp_path / "images/classifier.safetensors").hardlink_to(workspace.path / "runs/demo/images/classifier.safetensors")
-    deploy.run.run(PIPELINE, tmp_path, quick=True)
+    classifier = inside_workspace / "runs/demo/images/classifier.safetensors"
+    (tmp_path / "images/classifier.safetensors").hardlink_to(classifier)
+    deploy.run.run(PIPELINE, tmp_path, smoke=True)
     text = (tmp_path / "forms.md").read_text()
-    assert "**DPMSolver2M**, FD at NFE" in text and "| vp-noise | " in text
+    assert "**DPMSolver2M**" in text
+    assert "| vp-noise | " in text
 
 
-def test_a_list_of_samplers_is_evaluated_as_one_alone(workspace, tmp_path, monkeypatch):
-    """Each in a folder of its own; DDIM's figures are those that the quick pipeline's evaluation with DDIM alone gave."""
-    monkeypatch.chdir(workspace.path)
-    words = ["--run", "runs/demo/teacher", "--images", "runs/demo/images", "--samples", "200", "--steps", "[1,4]"]
-    assert not main(["evaluate", *words, "--sampler", "[DDIM,Heun]", "--out", str(tmp_path)])
+def test_each_of_several_samplers_is_measured_as_one_alone(inside_workspace, tmp_path):
+    """The DDIM figures are those of the demo's smoke run, which measures with DDIM alone."""
+    inputs = ("--run", "runs/demo/teacher", "--images", "runs/demo/images")
+    words = ("--samples", "200", "--steps", "[1,4]", "--sampler", "[DDIM,Heun]")
+    succeed("evaluate", *inputs, *words, "--out", tmp_path)
     ddim, heun = (read_json(tmp_path / name / "evaluation.json") for name in ("DDIM", "Heun"))
-    alone = read_json(workspace.path / "runs/demo/evaluation/teacher/evaluation.json")
-    assert ddim["steps"] == {steps: alone["steps"][steps] for steps in ("1", "4")} and ddim["floors"] == alone["floors"]
-    assert heun["steps"]["1"] == ddim["steps"]["1"] and heun["steps"]["4"]["nfe"] == 7 and heun["settings"]["sampler"] == "Heun"
+    ddim_alone = read_json(inside_workspace / "runs/demo/evaluation/teacher/evaluation.json")
+    assert ddim["steps"] == {steps: ddim_alone["steps"][steps] for steps in ("1", "4")}
+    assert ddim["floors"] == ddim_alone["floors"]
+    assert heun["steps"]["1"] == ddim["steps"]["1"]
+    assert heun["steps"]["4"]["nfe"] == 7
+    assert heun["settings"]["sampler"] == "Heun"
     assert (tmp_path / "Heun" / "samples-4.png").is_file()
 
 
-def test_samplers_that_draw_noise_draw_that_of_each_image(workspace, monkeypatch):
-    """An image does not depend on which others are drawn beside it; one step draws nothing."""
-    monkeypatch.chdir(workspace.path)
+@pytest.fixture
+def drawing(inside_workspace):
+    """Return images of the demo's teacher, sampled with a stochastic sampler."""
     with torch.inference_mode():
-        drawing = Drawing(Path("runs/demo/teacher"), 1.0, 2, job.start(), "Renoising")
-        whole, part, one = drawing.images(range(8), 3)[0], drawing.images(range(5, 8), 3)[0], drawing.images(range(8), 1)[0]
-        torch.testing.assert_close(whole[5:], part)
-        drawing.walking("DDIM")
-        torch.testing.assert_close(drawing.images(range(8), 1)[0], one)
-        assert (drawing.images(range(8), 3)[0] - whole).abs().flatten(1).max(1).values.min() > 0.01
+        yield RunSampler(Path("runs/demo/teacher"), 1.0, 2, job.start(), "Renoising")
+
+
+def test_an_image_does_not_depend_on_the_rest_of_its_batch(drawing):
+    whole, _ = drawing.draw_images(range(8), 3)
+    part, _ = drawing.draw_images(range(5, 8), 3)
+    torch.testing.assert_close(whole[5:], part)
+
+
+def test_a_stochastic_sampler_draws_no_noise_in_one_step(drawing):
+    one, _ = drawing.draw_images(range(8), 1)
+    several, _ = drawing.draw_images(range(8), 3)
+    drawing.with_sampler("DDIM")
+    deterministic, _ = drawing.draw_images(range(8), 1)
+    torch.testing.assert_close(deterministic, one)
+    other, _ = drawing.draw_images(range(8), 3)
+    assert (other - several).abs().flatten(1).max(1).values.min() > 0.01
 
 
 @pytest.fixture
 def evaluations(workspace, tmp_path):
-    """Two evaluations that the quick pipeline made, laid out as if they were two seeds of one model."""
+    """Return two evaluations of the demo, laid out as two seeds of one model."""
     for seed, run in enumerate(("teacher", "student")):
-        place = tmp_path / "evaluation" / "model" / str(seed) / "DDIM"
-        place.mkdir(parents=True)
-        shutil.copy(workspace.path / "runs/demo/evaluation" / run / "evaluation.json", place)
+        folder = tmp_path / "evaluation" / "model" / str(seed) / "DDIM"
+        folder.mkdir(parents=True)
+        shutil.copy(workspace.path / "runs/demo/evaluation" / run / "evaluation.json", folder)
     return tmp_path / "evaluation"
 
 
-def test_the_table_tells_the_median_and_the_ends(evaluations, tmp_path):
+def test_the_table_replaces_only_the_text_between_its_marks(evaluations, tmp_path):
     out = tmp_path / "table.md"
-    out.write_text(f"by hand\n\n{BEGIN.format('table')}\nold\n{END.format('table')}\n\nmore by hand\n")
+    begin, end = (mark.format("table") for mark in (BEGIN, END))
+    out.write_text(f"by hand\n\n{begin}\nold\n{end}\n\nmore by hand\n")
     for _ in range(2):
-        assert not main(["table", "--runs", str(evaluations), "--out", str(out)])
+        succeed("report", "seeds", "--runs", evaluations, "--out", out)
         text = out.read_text()
-        assert text.startswith("by hand\n\n") and text.endswith("\n\nmore by hand\n") and "old" not in text
-    found, one, two = (read_json(path) for path in (out.with_suffix(".json"), *sorted(evaluations.rglob("*.json"))))
+        assert text.startswith("by hand\n\n")
+        assert text.endswith("\n\nmore by hand\n")
+        assert "old" not in text
+
+
+def test_the_table_has_the_median_and_the_ends_over_seeds(evaluations, tmp_path):
+    out = tmp_path / "table.md"
+    succeed("report", "seeds", "--runs", evaluations, "--out", out)
+    found = read_json(out.with_suffix(".json"))
+    seeds = [read_json(path) for path in sorted(evaluations.rglob("*.json"))]
+    fds = [evaluation["steps"]["4"]["fd"] for evaluation in seeds]
+
     row = found["models"]["model"]["DDIM"]["4"]
-    fds = [evaluation["steps"]["4"]["fd"] for evaluation in (one, two)]
-    assert row["nfe"] == 4 and row["fd"]["values"] == dict(zip("01", fds))
-    assert [row["fd"][key] for key in ("least", "median", "largest")] == [min(fds), sum(fds) / 2, max(fds)]
-    assert markdown(found) in text and "| model | 1 | 2 | 4 | 8 | 32 | accuracy, recall at the most |" in text
+    assert row["nfe"] == 4
+    assert row["fd"]["values"] == {"0": fds[0], "1": fds[1]}
+    assert row["fd"]["least"] == min(fds)
+    assert row["fd"]["median"] == sum(fds) / 2
+    assert row["fd"]["largest"] == max(fds)
+
+    text = out.read_text()
+    assert markdown(found) in text
+    assert "| model | 1 | 2 | 4 | 8 | 32 | accuracy, recall" in text
     assert Image.open(out.with_suffix(".png")).size[1] > 300
 
 
-def test_what_cannot_be_compared_is_refused(evaluations, tmp_path, capfd):
-    words = ["table", "--runs", str(evaluations), "--out", str(tmp_path / "table.md")]
-    (tmp_path / "table.md").write_text("my own notes")
-    assert main(words) == 2 and "nothing of it is replaced" in capfd.readouterr().err
+def table_words(evaluations: Path) -> tuple[object, ...]:
+    """Return the command that writes the table beside the evaluations."""
+    out = evaluations.parent / "table.md"
+    return ("report", "seeds", "--runs", evaluations, "--out", out)
+
+
+def test_a_page_without_marks_is_not_replaced(evaluations, capfd):
+    page = evaluations.parent / "table.md"
+    page.write_text("my own notes")
+    begin, end = (mark.format("table") for mark in (BEGIN, END))
+    assert_refused(capfd, table_words(evaluations), page, begin, end)
+    assert page.read_text() == "my own notes"
+
+
+def keep_one_step(evaluation: dict[str, Any]) -> None:
+    """Leave an evaluation only the figures of one step."""
+    evaluation["steps"] = {"1": evaluation["steps"]["1"]}
+
+
+def change_samples(evaluation: dict[str, Any]) -> None:
+    """Change the number of samples that an evaluation was made with."""
+    evaluation["settings"]["samples"] = 999
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(keep_one_step, ("0, 1", "steps")), (change_samples, ("'samples': 999",))],
+    ids=["steps", "samples"],
+)
+def test_evaluations_that_differ_are_refused(evaluations, capfd, change, named):
     path = sorted(evaluations.rglob("*.json"))[1]
-    whole = read_json(path)
-    write_json(path, {**whole, "steps": {"1": whole["steps"]["1"]}})
-    assert main(words) == 2 and "evaluated at different steps" in capfd.readouterr().err
-    write_json(path, {**whole, "settings": {**whole["settings"], "samples": 999}})
-    assert main(words) == 2 and "cannot be compared" in capfd.readouterr().err
+    evaluation = read_json(path)
+    change(evaluation)
+    write_json(path, evaluation)
+    assert_refused(capfd, table_words(evaluations), evaluations, *named)
+    assert not (evaluations.parent / "table.md").exists()
+
+
+def test_a_folder_without_evaluations_is_refused(evaluations, capfd):
     shutil.rmtree(evaluations / "model")
-    assert main(words) == 2 and "no MODEL/SEED/SAMPLER/evaluation.json below it" in capfd.readouterr().err
-    assert (tmp_path / "table.md").read_text() == "my own notes"
+    named = (evaluations, "MODEL/SEED/SAMPLER/evaluation.json", "rectify evaluate")
+    assert_refused(capfd, table_words(evaluations), *named)
 
 
-def test_the_published_table_is_that_of_its_figures():
-    text = (REPOSITORY / "docs/forms.md").read_text()
-    found = read_json(REPOSITORY / "docs/forms.json")
-    assert markdown(found) in text and found["models"].keys() == {stage["name"][4:-2] for stage in FITS}
-    rows = [row for samplers in found["models"].values() for steps in samplers.values() for row in steps.values()]
-    assert all(row["fd"]["values"].keys() == set("012") for row in rows)
-    assert all(len(samplers) >= 3 for samplers in found["models"].values())
+@pytest.fixture(scope="module")
+def published():
+    """Return the published figures."""
+    return read_json(REPOSITORY / "docs/forms.json")
+
+
+def test_the_published_table_is_made_from_the_published_figures(published):
+    assert markdown(published) in (REPOSITORY / "docs/forms.md").read_text()
+
+
+def test_the_published_figures_are_complete(published):
+    assert published["models"].keys() == {stage["name"][4:-2] for stage in FITS}
+    for samplers in published["models"].values():
+        assert len(samplers) >= 3
+        rows = [row for steps in samplers.values() for row in steps.values()]
+        assert all(row["fd"]["values"].keys() == {"0", "1", "2"} for row in rows)

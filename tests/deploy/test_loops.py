@@ -1,77 +1,153 @@
-"""Loops of a pipeline's stages."""
+"""Loops over a pipeline's stages."""
+
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from data.files import read_json
-from deploy.run import command, load, run, unrolled
+from deploy.run import command, load, run, unroll
+from tests.helpers.refusals import refused
 
+VARIANTS = {
+    "flow": None,
+    "vp": {"model.denoiser.interpolant": "VariancePreserving", "of": "{seed}"},
+}
 STAGE = {
     "name": "fit-{form}-{seed}",
-    "for": {"seed": [0, 1], "form": {"flow": None, "vp": {"model.denoiser.interpolant": "VariancePreserving", "of": "{seed}"}}},
-    "fit": {"config": "{form}.yaml", "out": "{out}/{form}/{seed}", "parts": ["{seed}", 7, {"of": "{form}"}]},
-    "quick": {"steps": "{seed}"},
+    "for": {"seed": [0, 1], "form": VARIANTS},
+    "fit": {
+        "config": "{form}.yaml",
+        "out": "{out}/{form}/{seed}",
+        "parts": ["{seed}", 7, {"of": "{form}"}],
+    },
+    "smoke": {"steps": "{seed}"},
 }
 
 
-def test_a_loop_is_the_product_of_its_values_the_last_one_fastest():
-    stages = unrolled(STAGE)
-    assert [stage["name"] for stage in stages] == ["fit-flow-0", "fit-vp-0", "fit-flow-1", "fit-vp-1"]
+def write_pipeline(path: Path, stages: list[dict[str, Any]]) -> Path:
+    """Write a pipeline with these stages."""
+    path.write_text(yaml.safe_dump({"out": "x", "stages": stages}))
+    return path
+
+
+def test_the_last_loop_changes_fastest():
+    stages = unroll(STAGE)
+    names = [stage["name"] for stage in stages]
+    assert names == ["fit-flow-0", "fit-vp-0", "fit-flow-1", "fit-vp-1"]
     assert all("for" not in stage for stage in stages)
-    assert stages[0]["fit"] == {"config": "flow.yaml", "out": "{out}/flow/0", "parts": ["0", 7, {"of": "flow"}]}
 
 
-def test_a_mappings_values_bring_options_of_their_own():
-    flow, vp = unrolled(STAGE)[2:]
-    assert vp["fit"].keys() - flow["fit"].keys() == {"model.denoiser.interpolant", "of"} and vp["fit"]["of"] == "1"
+def test_values_are_substituted_at_every_depth():
+    assert unroll(STAGE)[0]["fit"] == {
+        "config": "flow.yaml",
+        "out": "{out}/flow/0",
+        "parts": ["0", 7, {"of": "flow"}],
+    }
+
+
+def test_a_mappings_values_add_options():
+    flow, vp = unroll(STAGE)[2:]
+    assert vp["fit"].keys() - flow["fit"].keys() == {"model.denoiser.interpolant", "of"}
+    assert vp["fit"]["of"] == "1"
     assert "of" not in STAGE["fit"], "the stage itself is not changed"
 
 
-def test_quick_takes_every_loops_first_value(tmp_path):
-    (stage,) = unrolled(STAGE, quick=True)
-    assert stage["name"] == "fit-flow-0" and command(stage, tmp_path, quick=True)[-2:] == ["--steps", "0"]
+def test_a_smoke_run_takes_every_loops_first_value(tmp_path):
+    (stage,) = unroll(STAGE, smoke=True)
+    assert stage["name"] == "fit-flow-0"
+    assert command(stage, tmp_path, smoke=True)[-2:] == ["--steps", "0"]
 
 
-def test_a_stage_without_loops_is_itself():
+def test_a_verb_of_two_words_is_two_words_of_the_command(tmp_path):
+    stage = {"name": "table", "report seeds": {"out": "{out}/x.md"}}
+    assert command(stage, tmp_path, smoke=False) == [
+        *("report", "seeds"),
+        *("--out", f"{tmp_path}/x.md"),
+    ]
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_a_stage_without_loops_is_unchanged(smoke):
     stage = {"name": "pack", "pack": {"out": "{out}/x", "size": 3}}
-    assert unrolled(stage) == unrolled(stage, quick=True) == [stage]
+    assert unroll(stage, smoke=smoke) == [stage]
 
 
-def test_the_stages_of_a_loop_run_at_once(tmp_path, capfd):
-    """As many as `jobs` says, each with a log of its own, the loops one after another; a stage that fails ends the run."""
-    looped = {"name": "pack-{size}", "for": {"size": [8, 9]}, "pack": {"out": "{out}/{size}", "size": "{size}"}}
-    stages, config, out = [looped, {"name": "last", "pack": {"out": "{out}/8", "size": 8}}], tmp_path / "x.yaml", tmp_path / "out"
-    config.write_text(yaml.safe_dump({"out": "x", "stages": stages}))
-    for _ in range(2):
-        run(config, out, jobs=2)
-    said = capfd.readouterr().err
-    assert "pack-8: done" in said and "last: done" in said and "pack-9: finished" in said
-    began = [said.index(text) for text in ("pack-8: rectify", "pack-9: rectify", "pack-8: done", "last: rectify")]
-    assert began == sorted(began), "both of the loop begin before one is done"
+def looped_stages(*sizes: Any) -> list[dict[str, Any]]:
+    """Return stages that pack the digits: a loop over sizes, and one more stage after it."""
+    return [
+        {
+            "name": "pack-{size}",
+            "for": {"size": list(sizes)},
+            "pack": {"out": "{out}/{size}", "size": "{size}"},
+        },
+        {"name": "last", "pack": {"out": "{out}/8", "size": 8}},
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return config and folder of a pipeline that ran with two jobs, and what it printed."""
+    folder = tmp_path_factory.mktemp("loops")
+    config = write_pipeline(folder / "x.yaml", looped_stages(8, 9))
+    with redirect_stderr(StringIO()) as printed:
+        run(config, folder / "out", jobs=2)
+    return config, folder / "out", printed.getvalue()
+
+
+def test_the_stages_of_a_loop_run_at_once(finished):
+    """Both stages begin before either ends; the next stage begins after both."""
+    _, _, printed = finished
+    wanted = ("pack-8: rectify", "pack-9: rectify", "pack-8: done", "last: rectify", "last: done")
+    begins = [printed.index(text) for text in wanted]
+    assert begins == sorted(begins)
+
+
+def test_every_stage_of_a_loop_has_a_log_and_a_record(finished):
+    _, out, _ = finished
     records = [read_json(path) for path in sorted((out / "stages").glob("*.json"))]
-    assert [record["words"][-1] for record in records] == ["8", "9", "8"] and (out / "9/train/manifest.json").exists()
+    assert [record["words"][-1] for record in records] == ["8", "9", "8"]
+    assert (out / "9/train/manifest.json").exists()
     assert "images" in (out / "stages/01-pack-8.log").read_text()
-    looped["for"]["size"] = [8, "x"]
-    config.write_text(yaml.safe_dump({"out": "x", "stages": stages}))
+
+
+def test_finished_stages_of_a_loop_are_skipped(finished, capfd):
+    config, out, _ = finished
+    run(config, out, jobs=2)
+    err = capfd.readouterr().err
+    for name in ("pack-8", "pack-9", "last"):
+        assert f"{name}: finished" in err
+
+
+def test_a_stage_that_fails_ends_the_run(tmp_path, capfd):
+    config = write_pipeline(tmp_path / "x.yaml", looped_stages(8, "x"))
     with pytest.raises(SystemExit, match="2"):
-        run(config, tmp_path / "bad", jobs=2)
-    assert "size" in capfd.readouterr().err and not (tmp_path / "bad/stages/3-last.json").exists()
-    with pytest.raises(ValueError, match="jobs: 0"):
-        run(config, tmp_path / "none", jobs=0)
+        run(config, tmp_path / "out", jobs=2)
+    assert "size" in capfd.readouterr().err
+    assert not (tmp_path / "out/stages/03-last.json").exists()
+
+
+def test_a_pipeline_without_jobs_is_refused(tmp_path):
+    config = write_pipeline(tmp_path / "x.yaml", looped_stages(8))
+    with refused("jobs", 0):
+        run(config, tmp_path / "out", jobs=0)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "named"),
     [
-        ({"for": ["a"]}, "stage fit-{form}-{seed}: for: is"),
-        ({"for": {"seed": 3}}, "for: seed: is 3"),
-        ({"for": {"seed": ["../away"]}}, "for: seed"),
-        ({"for": {"form": {"flow": 3}}}, "for: form"),
-        ({"for": {"seed": [0, 1]}, "name": "fit"}, "'fit' is there twice"),
+        ({"for": ["a"]}, ("fit-{form}-{seed}", "for")),
+        ({"for": {"seed": 3}}, ("for: seed", 3)),
+        ({"for": {"seed": ["../away"]}}, ("for: seed",)),
+        ({"for": {"form": {"flow": 3}}}, ("for: form",)),
+        ({"for": {"seed": [0, 1]}, "name": "fit"}, ("name", "'fit'")),
     ],
+    ids=["list", "number", "path", "options are a number", "one name for two stages"],
 )
-def test_a_loop_that_is_none_is_named(tmp_path, change, said):
-    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump({"out": "x", "stages": [{**STAGE, **change}]}))
-    with pytest.raises(ValueError, match="pipeline.yaml: ") as refused:
-        load(tmp_path / "pipeline.yaml")
-    assert said in str(refused.value)
+def test_a_bad_loop_is_refused(tmp_path, change, named):
+    config = write_pipeline(tmp_path / "pipeline.yaml", [{**STAGE, **change}])
+    with refused("pipeline.yaml", *named):
+        load(config)

@@ -1,53 +1,67 @@
-"""`rectify picture`: any form by its class name, and one line for what is wrong."""
+"""`rectify toy picture`: any class by its name, and one line for bad input."""
 
 import shlex
 
 import pytest
 from PIL import Image
 
-from deploy.cli import main
-from tests.conftest import REPOSITORY
-from tests.deploy.test_pipeline import commands
-from trainer.picture import line, plane, train
+from tests.deploy.test_pipeline import documented_commands
+from tests.helpers.commands import REPOSITORY, run_command
+from tests.helpers.refusals import assert_refused
+from trainer.toy import line, plane, train
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch, tmp_path):
-    """Make everything that a picture counts small, in a folder of its own."""
+def small_pictures(monkeypatch, tmp_path):
+    """Lower every count of a picture, and work in a temporary folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "PAIRS", 64)
     monkeypatch.setattr(line, "SAMPLES", 500)
     monkeypatch.setattr(plane, "SAMPLES", 64)
 
 
-@pytest.mark.parametrize("words", commands("docs/pictures.md"))
-def test_every_command_of_the_page_draws(words):
-    _, verb, *words = shlex.split(words)
-    assert verb == "picture" and main([verb, *words, "--updates", "2"]) == 0
+@pytest.mark.parametrize("text", documented_commands("docs/pictures.md"))
+def test_every_command_of_the_page_draws(text):
+    program, *words = shlex.split(text)
+    assert program == "rectify"
+    assert words[:2] == ["toy", "picture"]
+    assert run_command(*words, "--updates", "2") == 0
     assert Image.open(words[words.index("--out") + 1]).format == "PNG"
 
 
-def test_pictures_of_the_page_are_there():
+def test_the_page_shows_every_picture():
     text = (REPOSITORY / "docs" / "pictures.md").read_text()
-    assert all(f"]({path.name})" in text for path in (REPOSITORY / "docs").glob("picture-*.png"))
-    assert len(list((REPOSITORY / "docs").glob("picture-*.png"))) == 2
+    pictures = list((REPOSITORY / "docs").glob("picture-*.png"))
+    assert len(pictures) == 2
+    assert all(f"]({path.name})" in text for path in pictures)
+
+
+OUT = ("--out", "x.png")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "named"),
     [
-        (("--out", "x.jpg"), "out: x.jpg does not end in .png"),
-        (("--out", "x.png", "--steps", "0"), "steps is 0, it must be at least 1"),
-        (("--out", "x.png", "--updates", "0"), "updates (0) must be at least 1"),
-        (("--out", "x.png", "--data", "three_moons"), "three_moons"),
-        (("--out", "x.png", "--interpolant", "Linaer"), "interpolant: no class `Linaer`; did you mean `Linear`?"),
-        (("--out", "x.png", "--sampler", "DDIMM"), "sampler: no class `DDIMM`; did you mean `DDIM`?"),
-        (("--out", "x.png", "--sampler", "DDIM", "--sampler.eta", "2"), "DDIM: eta is 2.0, it must lie in [0, 1]"),
-        (("--out", "x.png", "--interpolant", "Discrete", "--interpolant.betas", "[2, 2, 2]"), "betas[0] is 2"),
-        (("--out", "x.png", "--data", "two_modes", "--prediction", "Noise"), "two_modes is drawn with exact denoisers"),
+        (("--out", "x.jpg"), ("out", "x.jpg", ".png")),
+        ((*OUT, "--steps", "0"), ("steps", "0", "1")),
+        ((*OUT, "--updates", "0"), ("updates", "0", "1")),
+        ((*OUT, "--data", "three_moons"), ("three_moons",)),
+        ((*OUT, "--interpolant", "Linaer"), ("interpolant", "`Linaer`", "`Linear`")),
+        ((*OUT, "--sampler", "DDIMM"), ("sampler", "`DDIMM`", "`DDIM`")),
+        ((*OUT, "--sampler", "DDIM", "--sampler.eta", "2"), ("DDIM", "eta", "2.0", "[0, 1]")),
+        (
+            (*OUT, "--interpolant", "Discrete", "--interpolant.betas", "[2, 2, 2]"),
+            ("betas[0]", "2"),
+        ),
+        (
+            (*OUT, "--data", "two_modes", "--prediction", "NoisePrediction"),
+            ("prediction", "NoisePrediction", "two_modes"),
+        ),
+    ],
+    ids=[
+        *("format", "steps", "updates", "data", "interpolant"),
+        *("sampler", "eta", "betas", "prediction of exact denoisers"),
     ],
 )
-def test_bad_input_is_one_line(capfd, words, said):
-    assert main(["picture", *words]) == 2
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if line]
-    assert line.startswith("rectify: error: ") and said in line
+def test_bad_input_is_refused(capfd, words, named):
+    assert_refused(capfd, ("toy", "picture", *words), *named)

@@ -7,157 +7,259 @@ import shlex
 import shutil
 import subprocess
 import time
-from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from data.latents import Latents
 from data.shards import ShardReader
-from deploy.cli import main
-from tests.conftest import REPOSITORY, Workspace
+from deploy.run import command, load
+from tests.helpers.commands import REPOSITORY, Workspace, run_command
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-PIPELINES, RUNS = ([path for path in CONFIGS if part in yaml.safe_load(path.read_text())] for part in ("stages", "model"))
+PIPELINES = [path for path in CONFIGS if "stages" in yaml.safe_load(path.read_text())]
+RUNS = [path for path in CONFIGS if "model" in yaml.safe_load(path.read_text())]
+SMOKE_RUN = ("run", "configs/digits/pipeline.yaml", "--smoke")
 
 
-def test_the_summary_has_its_seams(workspace):
-    summary = json.loads((workspace.path / "runs/demo/summary.json").read_text())
-    assert summary["floor"] >= 0 and summary["export_max_abs_diff"] <= 1e-4
-    for model in ("teacher", "student"):
-        assert set(summary[model]) == {"1", "2", "4", "8", "32"}
-        assert all({"fd", "accuracy", "nfe", "recall"} <= row.keys() for row in summary[model].values())
-        assert [summary[model][steps]["nfe"] for steps in ("1", "32")] == [1, 32]
-    assert {"pack", "autoencoder", "encode", "teacher", "collect", "student", "export"} <= summary["seconds"].keys()
+@pytest.fixture(scope="module")
+def demo(workspace):
+    """Return the folder of the demo, a smoke run of the digits' pipeline."""
+    return workspace.path / "runs/demo"
 
 
-def test_the_held_out_split_is_never_trained_on(workspace):
-    runs = workspace.path / "runs/demo"
-    configs = [yaml.safe_load((runs / run / "config.yaml").read_text()) for run in ("autoencoder", "teacher", "student")]
-    paths = [config["data"]["source"]["init_args"]["path"] for config in configs]
-    assert paths == ["runs/demo/images/train", "runs/demo/latents", "runs/demo/pairs"]
-    train, heldout = (ShardReader(runs / "images" / split) for split in ("train", "heldout"))
-    seen, unseen = ([reader[i]["png"].tobytes() for i in range(len(reader))] for reader in (train, heldout))
-    assert len(seen) == 1617 and len(unseen) == 180 and not set(seen) & set(unseen)
-    assert json.loads((runs / "latents/manifest.json").read_text())["samples"] == 1617
+@pytest.fixture(scope="module")
+def summary(demo):
+    """Return the summary of the demo."""
+    return json.loads((demo / "summary.json").read_text())
 
 
-def test_latents_have_unit_variance(workspace):
-    import numpy as np
+def test_the_summary_compares_with_its_floors(summary):
+    assert summary["floor"] >= 0
+    assert summary["export_max_abs_diff"] <= 1e-4
 
-    from data.latents import Latents
 
-    source = Latents(str(workspace.path / "runs/demo/latents"))
+@pytest.mark.parametrize("model", ["teacher", "student"])
+def test_the_summary_has_the_quality_by_steps(summary, model):
+    rows = summary[model]
+    assert set(rows) == {"1", "2", "4", "8", "32"}
+    assert all({"fd", "accuracy", "nfe", "recall"} <= row.keys() for row in rows.values())
+    assert rows["1"]["nfe"] == 1
+    assert rows["32"]["nfe"] == 32
+
+
+def test_the_summary_has_the_seconds_of_every_stage(summary):
+    stages = {"pack", "autoencoder", "encode", "teacher", "collect", "student", "export"}
+    assert stages <= summary["seconds"].keys()
+
+
+@pytest.mark.parametrize(
+    ("run", "path"),
+    [
+        ("autoencoder", "runs/demo/images/train"),
+        ("teacher", "runs/demo/latents"),
+        ("student", "runs/demo/pairs"),
+    ],
+)
+def test_every_run_reads_the_training_split(demo, run, path):
+    config = yaml.safe_load((demo / run / "config.yaml").read_text())
+    assert config["data"]["source"]["init_args"]["path"] == path
+
+
+def images_of(folder: Path) -> list[bytes]:
+    """Return the pixels of every image of a set."""
+    reader = ShardReader(folder)
+    return [reader[i]["png"].tobytes() for i in range(len(reader))]
+
+
+def test_the_held_out_split_shares_no_image_with_the_training_split(demo):
+    train = images_of(demo / "images/train")
+    heldout = images_of(demo / "images/heldout")
+    assert len(train) == 1617
+    assert len(heldout) == 180
+    assert not set(train) & set(heldout)
+    assert json.loads((demo / "latents/manifest.json").read_text())["samples"] == 1617
+
+
+def test_latents_have_unit_variance(demo):
+    source = Latents(str(demo / "latents"))
     x = source.read(np.arange(1617)).x
-    assert x.std().item() == pytest.approx(1, abs=0.01) and source.manifest["scale"] > 0
+    assert x.std().item() == pytest.approx(1, abs=0.01)
+    assert source.manifest["scale"] > 0
 
 
 def test_a_second_run_only_prints(workspace):
     began = time.monotonic()
-    again = workspace.rectify("run", "configs/digits/pipeline.yaml", "--quick", "true")
-    assert again.stderr.count("finished") == 10 and "student" in again.stdout and time.monotonic() - began < 15
+    again = workspace.rectify(*SMOKE_RUN)
+    assert time.monotonic() - began < 15
+    assert again.stderr.count("finished") == 10
+    assert "student" in again.stdout
 
 
-def test_logs_hold_every_step_and_wandb_stays_offline(workspace):
-    run = workspace.path / "runs/demo/teacher"
-    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] == [20]
-    assert list((run / "wandb").glob("offline-run-*"))
+def test_the_log_holds_every_step_that_is_due(demo):
+    lines = (demo / "teacher/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [20]
 
 
-def chromium():
-    """Return the browser, installing Debian's where that is possible."""
-    if not (found := shutil.which("chromium")) and shutil.which("apt-get") and os.geteuid() == 0:
-        subprocess.run("apt-get update && apt-get install -y --no-install-recommends chromium", shell=True, capture_output=True)
+def test_wandb_stays_offline(demo):
+    assert list((demo / "teacher/wandb").glob("offline-run-*"))
+
+
+def chromium() -> str:
+    """Return the browser; install Debian's where that is possible, else skip the test."""
+    found = shutil.which("chromium")
+    if not found and shutil.which("apt-get") and os.geteuid() == 0:
+        install = "apt-get update && apt-get install -y --no-install-recommends chromium"
+        subprocess.run(install, shell=True, capture_output=True)
         found = shutil.which("chromium")
-    return found or pytest.skip("no chromium, and no right to install it")
+    if not found:
+        pytest.skip("no chromium, and no right to install it")
+    return found
 
 
-def test_the_report_opens_in_a_browser(workspace, tmp_path):
-    page = workspace.path / "runs/demo/report.html"
-    assert not re.search(r"(src|href)=\"(?!data:)", page.read_text()), "the report is not self-contained"
+def test_the_report_is_self_contained(demo):
+    page = (demo / "report.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+
+
+def test_the_report_opens_in_a_browser(demo, tmp_path):
+    page = demo / "report.html"
     shot = tmp_path / "shot.png"
-    words = [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    words += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
-    size = ["--window-size=1150,2600", f"--screenshot={shot}"]
-    subprocess.run([*words, *size, f"file://{page}"], capture_output=True, timeout=120)
+    browser = [
+        chromium(),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-sync",
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+
+    # It is not blank.
+    picture = ["--window-size=1150,2600", f"--screenshot={shot}"]
+    subprocess.run([*browser, *picture, f"file://{page}"], capture_output=True, timeout=120)
     image = Image.open(shot).convert("RGB")
-    assert image.size[0] == 1150 and len(image.getcolors(2**24)) > 500, "the page is blank"
-    dom = subprocess.run([*words, "--dump-dom", f"file://{page}"], capture_output=True, text=True, timeout=120).stdout
-    assert dom.count("<img") == 13 and "recall_ratio" in dom and "rectify collect" in dom
+    assert image.size[0] == 1150
+    assert len(image.getcolors(2**24)) > 500
+
+    # It has all pictures, the summary and the commands.
+    dump = [*browser, "--dump-dom", f"file://{page}"]
+    dom = subprocess.run(dump, capture_output=True, text=True, timeout=120).stdout
+    assert dom.count("<img") == 13
+    assert "recall_ratio" in dom
+    assert "rectify collect" in dom
 
 
 @pytest.fixture
 def rectify(workspace, monkeypatch):
-    """Run a command in this process, in the workspace: what it imports it need not import again for every command."""
+    """Return a function that runs a command in the workspace, in this process: imports are done."""
     monkeypatch.chdir(workspace.path)
     monkeypatch.setenv("WANDB_MODE", "offline")
 
-    def run(*words):
+    def run(*words: object) -> None:
         try:
-            assert main([str(word) for word in words]) == 0, words
-        except SystemExit as ended:  # of --help
-            assert not ended.code, words
+            assert run_command(*words) == 0, words
+        except SystemExit as help_printed:
+            assert not help_printed.code, words
 
     return run
 
 
-@pytest.mark.parametrize("path", [path for path in RUNS if path.parent.name != "text"], ids=lambda path: path.stem)
+def header_command(config: Path) -> list[str]:
+    """Return the words of the command in a config's header, without `rectify`."""
+    lines = config.read_text().splitlines()
+    command = next(line for line in lines if line.startswith("#   rectify"))
+    return shlex.split(command.removeprefix("#   rectify "))
+
+
+# The configs of text students are run in text/test_text.py, which makes their teacher.
+@pytest.mark.parametrize(
+    "path",
+    [path for path in RUNS if path.parent.name != "text"],
+    ids=lambda path: path.stem,
+)
 def test_every_config_trains_a_step(rectify, tmp_path, path):
-    """Those of text students are run in test_text, which makes their teacher."""
-    header = path.read_text().splitlines()
-    command = next(line for line in header if line.startswith("#   rectify"))
-    words = shlex.split(command.removeprefix("#   rectify "))
-    rectify(*words, "--out", tmp_path / "run", "--trainer.max_steps", "1")
-    assert list((tmp_path / "run" / "checkpoints").glob("step=000000001.ckpt"))
+    run = tmp_path / "run"
+    rectify(*header_command(path), "--out", run, "--trainer.max_steps", "1")
+    assert list((run / "checkpoints").glob("step=000000001.ckpt"))
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
 def test_every_pipeline_names_configs_that_exist(path):
-    from deploy.run import command, load
-
-    pipeline = load(path)
-    for stage in pipeline["stages"]:
-        words = command(stage, path.parent, quick=True)
+    for stage in load(path)["stages"]:
+        words = command(stage, path.parent, smoke=True)
         assert all((REPOSITORY / word).is_file() for word in words if word.endswith(".yaml"))
 
 
-def commands(document):
-    """Return the `rectify` commands of a document's code blocks."""
-    blocks = re.findall(r"^(?:    |```\w*\n)(.*?)(?:\n(?!    )|```)", (REPOSITORY / document).read_text(), re.M | re.S)
-    lines = [line.strip().partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in dict.fromkeys(lines) if line.startswith(("rectify ", "torchrun "))]
+def documented_commands(document: str) -> list[str]:
+    """Return the commands in a document's code blocks, each once."""
+    text = (REPOSITORY / document).read_text()
+    blocks = re.findall(r"^(?:    |```\w*\n)(.*?)(?:\n(?!    )|```)", text, re.M | re.S)
+    commands = []
+    for line in "\n".join(blocks).splitlines():
+        words = line.strip().partition("  #")[0].strip()
+        if words.startswith(("rectify ", "torchrun ")) and words not in commands:
+            commands.append(words)
+    return commands
+
+
+# Options that cut a documented command short.
+SHORT = {
+    "run": ["--smoke"],
+    "fit": ["--trainer.max_steps", "2"],
+    "collect": ["--pairs", "300", "--steps", "2"],
+    "toy": ["--updates", "2"],
+}
 
 
 def test_every_command_in_the_readme_runs(workspace, rectify):
-    """In order, in a folder where the quick pipeline has run; training is cut short, nothing else is changed."""
-    found = commands("README.md")
-    assert len(found) >= 8
-    photos = workspace.path / "photos"
+    """In order, in a folder with the demo; only training is cut short."""
+    # The user's own photos.
     for name in ("cat", "dog"):
-        (photos / name).mkdir(parents=True)
+        folder = workspace.path / "photos" / name
+        folder.mkdir(parents=True, exist_ok=True)
         for i in range(60):
-            Image.effect_noise((80, 70), 40 + i).convert("RGB").save(photos / name / f"{i}.png")
-    for line in found:
-        words = shlex.split(line)
-        call = partial(workspace.rectify, processes=2) if words[0] == "torchrun" else rectify
-        words = words[words.index("deploy") + 1 :] if words[0] == "torchrun" else words[1:]
-        quick = {"run": ["--quick", "true"], "fit": ["--trainer.max_steps", "2"], "collect": ["--pairs", "300", "--steps", "2"]}
-        quick["picture"] = ["--updates", "2"]
-        call(*words, *([] if "--help" in words else quick.get(words[0], [])))
+            Image.effect_noise((80, 70), 40 + i).convert("RGB").save(folder / f"{i}.png")
+
+    commands = documented_commands("README.md")
+    assert len(commands) >= 8
+    for text in commands:
+        program, *words = shlex.split(text)
+        if program == "torchrun":
+            words = words[words.index("deploy") + 1 :]
+        if "--help" not in words:
+            words += SHORT.get(words[0], [])
+        if program == "torchrun":
+            workspace.rectify(*words, processes=2)
+        else:
+            rectify(*words)
 
 
-def test_a_killed_pipeline_leaves_nothing_at_work_and_goes_on(tmp_path):
-    """SIGKILL of the pipeline's own process alone, in the middle of a stage; then the same command."""
-    place = Workspace(tmp_path)
-    stages = yaml.safe_load((REPOSITORY / "configs/digits/pipeline.yaml").read_text())
-    stages["stages"] = stages["stages"][:2]
-    (tmp_path / "short.yaml").write_text(yaml.safe_dump(stages))
-    process = place.start("run", "short.yaml", "--quick", "true")
-    while not (tmp_path / "runs/demo/autoencoder/config.yaml").exists():
+def test_a_killed_pipeline_ends_its_stage_and_can_be_continued(tmp_path):
+    """SIGKILL hits the pipeline's process alone, in the middle of a stage; then it is run again."""
+    workspace = Workspace(tmp_path)
+    pipeline = yaml.safe_load((REPOSITORY / "configs/digits/pipeline.yaml").read_text())
+    pipeline["stages"] = pipeline["stages"][:2]
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(pipeline))
+    words = ("run", "short.yaml", "--smoke")
+    run = tmp_path / "runs/demo/autoencoder"
+
+    # Kill it as soon as its second stage trains.
+    process = workspace.start(*words)
+    while not (run / "config.yaml").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     process.wait()
-    again = place.rectify("run", "short.yaml", "--quick", "true")
+
+    # The same command skips the first stage; a stage left at work would have added lines.
+    again = workspace.rectify(*words)
     assert "[1/2] pack: finished" in again.stderr
-    assert [json.loads(line)["step"] for line in (tmp_path / "runs/demo/autoencoder/metrics.jsonl").open()] == [20]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [20]

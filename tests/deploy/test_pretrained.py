@@ -1,31 +1,41 @@
-"""Pipelines of diffusers as teachers; their students, whole or by adapters, go back to what plain diffusers and peft load."""
+"""Pipelines of diffusers as teachers; plain diffusers and peft load the students made from them."""
 
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import yaml
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 from torch import nn
 
 from data.files import read_json
 from data.pairs import PairSet
-from deploy.cli import main
-from models import teacher
+from models.checkpoint import load_checkpoint
 from models.codec import Identity
 from models.condition import ClassLabel, Unconditional
 from models.denoiser import Denoiser
+from models.description import build, describe
+from models.diffusers.networks import Pretrained
+from models.diffusers.scheduler import read_scheduler
 from models.interpolant import Discrete, Linear
-from models.nets.pretrained import Pretrained
-from models.pipeline import form
-from models.prediction import Angular, Data, Noise, Velocity
+from models.prediction import Data, NoisePrediction, Velocity, VPrediction
 from models.sampler import DDIM
+from tests.helpers.commands import succeed
+from tests.helpers.refusals import assert_refused, refused
+from tests.helpers.training import spec, train
 from trainer.module import Generator
 
-BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+NEEDS_PEFT = "needs peft: pip install 'rectify[lora]'"
 PLAIN = """
 import sys
 import torch
@@ -33,190 +43,340 @@ from diffusers import DDIMPipeline
 pipe = DDIMPipeline.from_pretrained(sys.argv[1])
 assert not {"models", "data", "trainer", "deploy"} & set(sys.modules), "code of ours was loaded"
 pipe.set_progress_bar_config(disable=True)
-images = pipe(3, num_inference_steps=4, output_type="np", generator=torch.manual_seed(7)).images
+generator = torch.manual_seed(7)
+images = pipe(3, num_inference_steps=4, output_type="np", generator=generator).images
 torch.save(torch.from_numpy(images), sys.argv[2])
 """
 
 
-def unet(seed=0, **changes):
-    torch.manual_seed(seed)
-    sizes = {"sample_size": 16, "in_channels": 1, "out_channels": 1, "block_out_channels": (16, 32), "norm_num_groups": 8}
-    return UNet2DModel(**{**sizes, **BLOCKS, "layers_per_block": 1, **changes}).eval()
+def small_unet(**changes: Any) -> UNet2DModel:
+    """Return a network for pixels of 1 x 16 x 16, with random weights."""
+    sizes = {
+        "sample_size": 16,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (16, 32),
+        "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+    }
+    torch.manual_seed(0)
+    return UNet2DModel(**{**sizes, **changes}).eval()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A pipeline as others publish it: pixels of 16 x 16, DDPM, no classes."""
+    """Return a published pipeline: pixels of 16 x 16, DDPM, no classes."""
     path = tmp_path_factory.mktemp("published") / "ddpm"
-    DDPMPipeline(unet(), DDPMScheduler(beta_end=0.004)).save_pretrained(path)
+    DDPMPipeline(small_unet(), DDPMScheduler(beta_end=0.004)).save_pretrained(path)
     return path
 
 
-def test_a_pipeline_is_a_teacher_in_its_own_form(folder):
-    denoiser, codec, condition = teacher.load(folder)
-    assert repr(denoiser.interpolant) == repr(Discrete.linear(beta_end=0.004)) and isinstance(denoiser.prediction, Noise)
-    assert isinstance(codec, Identity) and isinstance(condition, Unconditional) and denoiser.shape == (1, 16, 16)
-    x_t, index = torch.randn(3, 1, 16, 16), torch.tensor([0, 400, 999])
+def test_a_pipeline_is_loaded_with_its_interpolant_and_prediction(folder):
+    denoiser, codec, condition = load_checkpoint(folder)
+    assert repr(denoiser.interpolant) == repr(Discrete.linear(beta_end=0.004))
+    assert isinstance(denoiser.prediction, NoisePrediction)
+    assert denoiser.shape == (1, 16, 16)
+    assert isinstance(codec, Identity)
+    assert isinstance(condition, Unconditional)
+
+
+def test_a_pipelines_denoiser_gives_its_networks_noise(folder):
+    denoiser = load_checkpoint(folder)[0]
+    x_t = torch.randn(3, 1, 16, 16)
+    index = torch.tensor([0, 400, 999])
     with torch.no_grad():
-        eps_hat, theirs = denoiser(x_t, (index + 1) / 1000)[1], unet()(x_t, index).sample
+        eps_hat = denoiser(x_t, (index + 1) / 1000)[1]
+        theirs = small_unet()(x_t, index).sample
     torch.testing.assert_close(eps_hat, theirs, rtol=1e-4, atol=1e-5)
 
 
+V_SCALED = DDIMScheduler(
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    prediction_type="v_prediction",
+)
+DATA_COSINE = DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
+TRAINED_BETAS = DDIMScheduler(trained_betas=[0.1, 0.2, 0.3], num_train_timesteps=3)
+ZERO_SNR = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+FLOW = FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
 @pytest.mark.parametrize(
-    ("scheduler", "interpolant", "prediction"),
+    ("scheduler", "interpolant", "prediction", "last"),
     [
-        (DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction"),
-         Discrete.scaled_linear(1000, 0.00085, 0.012), Angular),
-        (DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample"), Discrete.squaredcos_cap_v2(), Data),
-        (DDIMScheduler(trained_betas=[0.1, 0.2, 0.3], num_train_timesteps=3), Discrete([0.1, 0.2, 0.3]), Noise),
-        (DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
-         Discrete.linear(zero_terminal_snr=True), Angular),
-        (FlowMatchEulerDiscreteScheduler(shift=3.0), Linear(), Velocity),
+        (V_SCALED, Discrete.scaled_linear(1000, 0.00085, 0.012), VPrediction, 999),
+        (DATA_COSINE, Discrete.squaredcos_cap_v2(), Data, 999),
+        (TRAINED_BETAS, Discrete([0.1, 0.2, 0.3]), NoisePrediction, 2),
+        (ZERO_SNR, Discrete.linear(zero_terminal_snr=True), VPrediction, 999),
+        (FLOW, Linear(), Velocity, 1000),
     ],
-)  # fmt: skip
-def test_the_form_is_the_schedulers(tmp_path, scheduler, interpolant, prediction):
+    ids=["v, scaled linear", "data, cosine", "trained betas", "zero terminal SNR", "flow"],
+)
+def test_a_scheduler_gives_interpolant_prediction_and_time(
+    tmp_path, scheduler, interpolant, prediction, last
+):
     scheduler.save_pretrained(tmp_path)
-    found, row, clock = form(tmp_path)
-    assert repr(found) == repr(interpolant) and type(row) is prediction
-    assert clock(torch.ones(1)).item() == (len(found.betas) - 1 if isinstance(found, Discrete) else 1000)
+    found, found_prediction, time_input = read_scheduler(tmp_path)
+    assert repr(found) == repr(interpolant)
+    assert type(found_prediction) is prediction
+    assert time_input(torch.ones(1)).item() == last
 
 
-def test_an_export_of_ours_is_the_teacher_that_it_was(workspace):
-    """Its network under diffusers' names says what ours does, told a class or none."""
-    ours, theirs = (teacher.load(workspace.path / "runs/demo" / run) for run in ("student", "export"))
-    x_t, t = torch.randn(4, 4, 8, 8), torch.tensor([0.1, 0.4, 0.9, 1.0])
-    for told, label in ((torch.tensor([0, 3, 9, 5]), torch.tensor([0, 3, 9, 5])), (None, None)):
-        for one, two in zip(ours[0](x_t, t, told), theirs[0](x_t, t, label)):
-            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
-    assert theirs[2].classes == 1000 and theirs[1].weights() == ours[1].weights()
+@pytest.mark.parametrize("labels", [torch.tensor([0, 3, 9, 5]), None], ids=["labels", "none"])
+def test_our_published_folder_is_the_denoiser_that_it_was_made_from(workspace, labels):
+    """The network under diffusers' names gives what ours gives."""
+    ours, theirs = (
+        load_checkpoint(workspace.path / "runs/demo" / run) for run in ("student", "export")
+    )
+    x_t = torch.randn(4, 4, 8, 8)
+    t = torch.tensor([0.1, 0.4, 0.9, 1.0])
+    for expected, found in zip(ours[0](x_t, t, labels), theirs[0](x_t, t, labels), strict=True):
+        torch.testing.assert_close(expected, found, rtol=1e-4, atol=1e-4)
+    assert theirs[2].classes == 1000
+    assert theirs[1].weights() == ours[1].weights()
 
 
 @pytest.fixture(scope="module")
 def pairs(folder, tmp_path_factory):
+    """Return 64 pairs of the published pipeline."""
     path = tmp_path_factory.mktemp("pairs") / "set"
-    assert main(["collect", "--teacher", str(folder), "--out", str(path), "--pairs", "64", "--steps", "3"]) == 0
+    succeed("collect", "--teacher", folder, "--out", path, "--pairs", "64", "--steps", "3")
     return path
 
 
-def student(tmp_path, folder, pairs, *words, lora=0):
-    """Train a student for three steps; return its run."""
-    init = {"denoiser": {"class_path": "models.pipeline.pretrained", "init_args": {"folder": str(folder), "lora": lora}}}
+def train_student(run: Path, folder: Path, pairs: Path, lora: int = 0) -> Path:
+    """Train a student of the pipeline for three steps; return its run."""
+    denoiser = spec("models.diffusers.pipeline.pretrained", folder=str(folder), lora=lora)
     config = {
-        "model": {"class_path": "Generator", "init_args": {**init, "initial": str(folder)}},
-        "data": {"source": {"class_path": "Pairs", "init_args": {"path": str(pairs)}}, "batch": 8},
-        "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.01}},
-        "trainer": {"max_steps": 3, "accelerator": "cpu", "logger": False, "callbacks": [{"class_path": "EMA", "init_args": {}}]},
+        "model": spec("Generator", denoiser=denoiser, initial=str(folder)),
+        "data": {"source": spec("Pairs", path=str(pairs)), "batch": 8},
+        "optimizer": spec("AdamW", lr=0.01),
+        "trainer": {"accelerator": "cpu", "logger": False, "callbacks": [spec("EMA")]},
     }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    assert main(["fit", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"), *words]) == 0
-    return tmp_path / "run"
+    return train(config, run, steps=3)
 
 
-def plainly(out, tmp_path):
-    """Return what plain diffusers draws from a folder, in a process of its own."""
-    subprocess.run([sys.executable, "-P", "-c", PLAIN, str(out), str(tmp_path / "theirs.pt")], check=True, cwd=tmp_path)
-    return torch.load(tmp_path / "theirs.pt", weights_only=True).permute(0, 3, 1, 2)
+def sample_with_diffusers(out: Path, folder: Path) -> torch.Tensor:
+    """Return what plain diffusers samples from an exported folder, in a separate process."""
+    words = [sys.executable, "-P", "-c", PLAIN, str(out), str(folder / "theirs.pt")]
+    subprocess.run(words, check=True, cwd=folder)
+    return torch.load(folder / "theirs.pt", weights_only=True).permute(0, 3, 1, 2)
 
 
-def ours(run):
-    denoiser, _, _ = teacher.load(run)
+def sample_with_rectify(run: Path) -> torch.Tensor:
+    """Return what our DDIM samples from a run or a pipeline, from the same noise."""
+    denoiser, _, _ = load_checkpoint(run)
     eps = torch.randn(3, 1, 16, 16, generator=torch.manual_seed(7))
-    return (DDIM(4).walk(denoiser, eps)[-1] / 2 + 0.5).clamp(0, 1)
+    return (DDIM(4).integrate(denoiser, eps)[-1] / 2 + 0.5).clamp(0, 1)
 
 
-def test_a_student_goes_back_to_plain_diffusers(folder, pairs, tmp_path):
+@pytest.fixture(scope="module")
+def student(folder, pairs, tmp_path_factory):
+    """Return the run of a student, and its exported folder."""
+    path = tmp_path_factory.mktemp("student")
+    run = train_student(path / "run", folder, pairs)
+    succeed("export", "--run", run, "--out", path / "out", "--steps", "5")
+    return run, path / "out"
+
+
+def test_a_student_is_sampled_by_plain_diffusers(folder, student, tmp_path):
+    run, out = student
+    torch.testing.assert_close(
+        sample_with_diffusers(out, tmp_path), sample_with_rectify(run), rtol=0, atol=1e-4
+    )
+    assert (sample_with_rectify(run) - sample_with_rectify(folder)).abs().max() > 1e-3
+    assert not (out / "lora").exists()
+
+
+def test_a_students_folder_records_its_gaps_at_the_recommended_steps_too(student):
+    record = read_json(student[1] / "export.json")
+    assert set(record["gaps"]) >= {"1", "2", "4", "5"}
+    assert record["max_abs_diff"] < 1e-4
+
+
+def test_all_samples_are_stored(pairs):
     assert len(PairSet(pairs)) == 64
-    run = student(tmp_path, folder, pairs)
-    assert main(["export", "--run", str(run), "--out", str(tmp_path / "out"), "--steps", "5"]) == 0
-    assert set(read_json(tmp_path / "out/export.json")["gaps"]) >= set("1245"), "the recommended number of steps, too"
-    torch.testing.assert_close(plainly(tmp_path / "out", tmp_path), ours(run), rtol=0, atol=1e-4)
-    assert (ours(run) - ours(folder)).abs().max() > 1e-3 and read_json(tmp_path / "out/export.json")["max_abs_diff"] < 1e-4
-    assert not (tmp_path / "out/lora").exists()
 
 
-def test_adapters_are_trained_alone_and_exported_merged_and_alone(folder, pairs, tmp_path):
-    peft = pytest.importorskip("peft", reason="needs peft: pip install 'rectify[lora]'")
-    run = student(tmp_path, folder, pairs, lora=4)
-    trained, base = teacher.load(run)[0].net, Pretrained(str(folder / "unet"))
-    state, theirs = trained.model.state_dict(), base.model.state_dict()
-    kept = {key.replace(".base_layer.", "."): value for key, value in state.items() if ".lora_" not in key}
-    assert kept.keys() == theirs.keys() and all(torch.equal(kept[key], theirs[key]) for key in kept)
-    assert main(["export", "--run", str(run), "--out", str(tmp_path / "out"), "--steps", "1"]) == 0
-    torch.testing.assert_close(plainly(tmp_path / "out", tmp_path), ours(run), rtol=0, atol=1e-4)
-    adapted = peft.PeftModel.from_pretrained(UNet2DModel.from_pretrained(folder / "unet"), tmp_path / "out/lora").eval()
-    merged = UNet2DModel.from_pretrained(tmp_path / "out/unet").eval()
-    x, index = torch.randn(2, 1, 16, 16), torch.tensor([10, 900])
-    with torch.no_grad():
-        one, two, before = (net(x, index).sample for net in (adapted, merged, base.model))
-    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-    assert (one - before).abs().max() > 1e-3
+@pytest.fixture(scope="module")
+def adapted_student(folder, pairs, tmp_path_factory):
+    """Return the run of a student of which only adapters were trained, and its exported folder."""
+    pytest.importorskip("peft", reason=NEEDS_PEFT)
+    path = tmp_path_factory.mktemp("adapted")
+    run = train_student(path / "run", folder, pairs, lora=4)
+    succeed("export", "--run", run, "--out", path / "out", "--steps", "1")
+    return run, path / "out"
 
 
-def test_adapters_at_zero_are_the_teacher(folder):
-    pytest.importorskip("peft", reason="needs peft: pip install 'rectify[lora]'")
-    base, adapted = Pretrained(str(folder / "unet")), Pretrained(str(folder / "unet"), lora=2)
-    x, clock = torch.randn(2, 1, 16, 16), torch.tensor([3.0, 700.0])
-    assert torch.equal(base(x, clock), adapted(x, clock))
-    assert {name for name, value in adapted.named_parameters() if value.requires_grad} == {
-        name for name, _ in adapted.named_parameters() if ".lora_" in name
+def test_adapters_leave_the_teachers_weights(folder, adapted_student):
+    trained = load_checkpoint(adapted_student[0])[0].net.model.state_dict()
+    original = Pretrained(str(folder / "unet")).model.state_dict()
+    frozen = {
+        key.replace(".base_layer.", "."): value
+        for key, value in trained.items()
+        if ".lora_" not in key
     }
-    again = teacher.build(teacher.describe(adapted))
+    assert frozen.keys() == original.keys()
+    assert all(torch.equal(frozen[key], original[key]) for key in original)
+
+
+def test_merged_adapters_are_sampled_by_plain_diffusers(adapted_student, tmp_path):
+    run, out = adapted_student
+    torch.testing.assert_close(
+        sample_with_diffusers(out, tmp_path), sample_with_rectify(run), rtol=0, atol=1e-4
+    )
+
+
+def test_adapters_alone_are_loaded_by_peft(folder, adapted_student):
+    import peft
+
+    _, out = adapted_student
+    original = UNet2DModel.from_pretrained(folder / "unet").eval()
+    merged = UNet2DModel.from_pretrained(out / "unet").eval()
+    base = UNet2DModel.from_pretrained(folder / "unet")
+    adapted = peft.PeftModel.from_pretrained(base, out / "lora").eval()
+    x = torch.randn(2, 1, 16, 16)
+    index = torch.tensor([10, 900])
     with torch.no_grad():
-        [nn.init.normal_(value) for name, value in adapted.named_parameters() if ".lora_" in name]
+        before, expected, found = (net(x, index).sample for net in (original, merged, adapted))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - before).abs().max() > 1e-3
+
+
+@pytest.fixture
+def base(folder):
+    """Return the pipeline's network."""
+    return Pretrained(str(folder / "unet"))
+
+
+@pytest.fixture
+def adapted(folder):
+    """Return the pipeline's network with new adapters."""
+    pytest.importorskip("peft", reason=NEEDS_PEFT)
+    return Pretrained(str(folder / "unet"), lora=2)
+
+
+INPUTS = (torch.randn(2, 1, 16, 16), torch.tensor([3.0, 700.0]))
+
+
+def test_new_adapters_change_nothing(base, adapted):
+    assert torch.equal(base(*INPUTS), adapted(*INPUTS))
+
+
+def test_only_adapters_are_trained(adapted):
+    trained = [name for name, value in adapted.named_parameters() if value.requires_grad]
+    assert trained == [name for name, _ in adapted.named_parameters() if ".lora_" in name]
+
+
+def test_an_adapted_network_is_rebuilt_from_its_description(adapted):
+    again = build(describe(adapted))
+    with torch.no_grad():
+        for name, value in adapted.named_parameters():
+            if ".lora_" in name:
+                nn.init.normal_(value)
     again.load_state_dict(adapted.state_dict())
-    torch.testing.assert_close(again(x, clock), adapted(x, clock))
-    again = teacher.build(teacher.describe(adapted))
+    torch.testing.assert_close(again(*INPUTS), adapted(*INPUTS))
+
+
+def test_an_adapted_network_loads_weights_without_adapters(base, adapted):
+    again = build(describe(adapted))
     again.load_state_dict(base.state_dict())
-    torch.testing.assert_close(again(x, clock), base(x, clock))
-
-
-def damaged(folder, tmp_path, file, text):
-    shutil.copytree(folder, tmp_path / "bad")
-    (tmp_path / "bad" / file).write_text(text)
-    return str(tmp_path / "bad")
+    torch.testing.assert_close(again(*INPUTS), base(*INPUTS))
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "said"),
+    ("file", "change", "named"),
     [
-        ("model_index.json", "{", "not a readable index of a pipeline"),
-        ("model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]}, "UNet2DConditionModel; known here are"),
-        ("model_index.json", {"vqvae": ["diffusers", "VQModel"]}, "VQModel; known here are"),
-        ("unet/config.json", {"sample_size": None}, "its sample_size is None"),
-        ("scheduler/scheduler_config.json", {"beta_schedule": "cosine"}, "not a readable scheduler's folder (cosine"),
-        ("unet/config.json", {"_class_name": "UNet3D"}, "is a UNet3D, Pretrained knows UNet2DModel, DiTTransformer2DModel"),
-        ("unet/config.json", "[", "its config is not valid JSON"),
-        ("unet/diffusion_pytorch_model.safetensors", "torn", "not a readable UNet2DModel"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "kind"}, "prediction_type kind and beta_schedule linear"),
-        ("scheduler/scheduler_config.json", "x", "not a readable scheduler's folder"),
+        ("model_index.json", "{", ("model_index.json",)),
+        (
+            "model_index.json",
+            {"unet": ["diffusers", "UNet2DConditionModel"]},
+            ("bad", "UNet2DConditionModel"),
+        ),
+        ("model_index.json", {"vqvae": ["diffusers", "VQModel"]}, ("bad", "VQModel")),
+        ("unet/config.json", {"sample_size": None}, ("unet", "sample_size", "None")),
+        (
+            "unet/config.json",
+            {"_class_name": "UNet3D"},
+            ("unet", "UNet3D", "Pretrained", "UNet2DModel", "DiTTransformer2DModel"),
+        ),
+        ("unet/config.json", "[", ("unet", "config")),
+        ("unet/diffusion_pytorch_model.safetensors", "torn", ("unet", "UNet2DModel")),
+        (
+            "scheduler/scheduler_config.json",
+            {"beta_schedule": "cosine"},
+            ("bad/scheduler", "cosine"),
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"prediction_type": "kind"},
+            ("bad/scheduler", "prediction_type", "kind", "beta_schedule", "linear"),
+        ),
+        ("scheduler/scheduler_config.json", "x", ("bad/scheduler",)),
+    ],
+    ids=[
+        *("torn index", "network of texts", "unknown codec", "no size", "unknown network"),
+        *("torn config", "torn weights", "unknown betas", "unknown prediction", "torn scheduler"),
     ],
 )
-def test_what_is_no_teacher_is_one_line(folder, tmp_path, capfd, file, change, said):
-    text = change if isinstance(change, str) else json.dumps({**json.loads((folder / file).read_text()), **change})
-    path = damaged(folder, tmp_path, file, text)
-    assert main(["collect", "--teacher", path, "--out", str(tmp_path / "x"), "--pairs", "8"]) == 2
-    lines = capfd.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("rectify: error: ") and said in lines[-1] and "Traceback" not in "".join(lines)
+def test_a_folder_that_is_no_teacher_is_refused(folder, tmp_path, capfd, file, change, named):
+    bad = shutil.copytree(folder, tmp_path / "bad")
+    text = change
+    if isinstance(change, dict):
+        text = json.dumps({**json.loads((folder / file).read_text()), **change})
+    (bad / file).write_text(text)
+    words = ("collect", "--teacher", bad, "--out", tmp_path / "x", "--pairs", "8")
+    assert_refused(capfd, words, *named)
 
 
-def test_networks_that_do_not_fit_are_refused(tmp_path):
-    unet(out_channels=2).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="puts out 2 channels for 1"):
+def test_a_network_with_other_channels_out_than_in_is_refused(tmp_path):
+    small_unet(out_channels=2).save_pretrained(tmp_path)
+    with refused(tmp_path, 2, 1):
         Pretrained(str(tmp_path))
-    unet(num_class_embeds=3).half().save_pretrained(tmp_path / "told")
-    net = Pretrained(str(tmp_path / "told"))
-    assert next(net.parameters()).dtype == torch.float32
-    with pytest.raises(ValueError, match="must be told a class"):
-        net(torch.randn(2, 1, 16, 16), torch.ones(2))
-    with pytest.raises(ValueError, match="model.condition.dropout"):
-        Generator(Denoiser(net, Linear(), Velocity()), condition=ClassLabel(3, 0.1))
 
 
-def test_only_the_classes_that_there_are_are_asked(workspace, tmp_path, capfd):
-    """Our exported network knows 1,000 classes, of which the digits are ten."""
-    words = ["collect", "--teacher", str(workspace.path / "runs/demo/export"), "--pairs", "24", "--steps", "1"]
-    assert main([*words, "--out", str(tmp_path / "pairs"), "--classes", "10"]) == 0
+@pytest.fixture
+def labelled_net(tmp_path):
+    """Return a network of three classes, stored in float16."""
+    small_unet(num_class_embeds=3).half().save_pretrained(tmp_path)
+    return Pretrained(str(tmp_path))
+
+
+def test_weights_stored_in_float16_are_loaded_in_float32(labelled_net):
+    assert next(labelled_net.parameters()).dtype == torch.float32
+
+
+def test_a_unet_with_classes_needs_a_class(labelled_net):
+    with refused("Pretrained", "UNet2DModel", "class"):
+        labelled_net(torch.randn(2, 1, 16, 16), torch.ones(2))
+
+
+def test_a_unet_with_classes_has_no_dropout_of_labels(labelled_net):
+    denoiser = Denoiser(labelled_net, Linear(), Velocity())
+    with refused("model.condition.dropout", 0):
+        Generator(denoiser, condition=ClassLabel(3, 0.1))
+
+
+@pytest.fixture
+def thousand_classes(workspace):
+    """Return a command that collects from our exported network.
+
+    It has 1,000 classes, ten of which are the digits.
+    """
+    export = workspace.path / "runs/demo/export"
+    return ("collect", "--teacher", export, "--pairs", "24", "--steps", "1")
+
+
+def test_the_number_of_classes_may_be_lowered(thousand_classes, tmp_path):
+    succeed(*thousand_classes, "--out", tmp_path / "pairs", "--classes", "10")
     pairs = PairSet(tmp_path / "pairs")
-    assert [pairs[i]["condition"] for i in range(24)] == [i % 10 for i in range(24)] and pairs.manifest["asked"] == 10
-    assert main([*words, "--out", str(tmp_path / "other"), "--classes", "1001"]) == 2
-    assert "classes: 1001" in capfd.readouterr().err
+    assert [pairs[i]["condition"] for i in range(24)] == [i % 10 for i in range(24)]
+    assert pairs.manifest["requested_classes"] == 10
+
+
+def test_more_classes_than_the_network_has_are_refused(thousand_classes, tmp_path, capfd):
+    words = (*thousand_classes, "--out", tmp_path / "pairs", "--classes", "1001")
+    assert_refused(capfd, words, "classes", 1001, 1000)

@@ -1,7 +1,8 @@
-"""Images without classes: measured in the features of a network of one's own, and in nothing else."""
+"""Images without classes: measured in the features of the user's network, and in nothing else."""
 
-import json
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,99 +10,122 @@ from PIL import Image
 from torch import nn
 
 from data.files import read_json
-from data.images import pack
-from deploy.cli import main
-from trainer.evaluate.extractor import Extractor
+from data.pack import pack
+from tests.helpers.commands import succeed
+from tests.helpers.refusals import assert_refused
+from tests.helpers.training import small_config, spec, train
+from trainer.metrics.extractor import Extractor
 
-NET = {"size": 8, "channels": 1, "patch": 4, "width": 16, "depth": 1, "heads": 2}
+UNCONDITIONAL = spec("Unconditional")
+THREE_CLASSES = spec("ClassLabel", classes=3)
+
+
+def save_photo(file: Path, seed: int) -> None:
+    """Write a grey image of random pixels."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.frombytes("L", (8, 8), random.Random(seed).randbytes(64)).save(file)
+
+
+def train_on(images: Path, run: Path, classes: int, condition: dict[str, Any]) -> None:
+    """Train a small generator for eight steps."""
+    net = spec("DiT", size=8, channels=1, patch=4, width=16, depth=1, heads=2, classes=classes)
+    source = spec("Images", path=str(images / "train"))
+    config = small_config(source, net=net, batch=16, lr=0.05, condition=condition)
+    train(config, run, steps=8)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with photos in `loose` and, in three classes, in `sorted`; an extractor; a run of either."""
+def folder(tmp_path_factory):
+    """Return a folder with two image sets, an extractor and a run on each set.
+
+    The set `loose` and its run `unconditional` have no classes; `sorted` and `labelled` have three.
+    """
     folder = tmp_path_factory.mktemp("unlabelled")
-    for name, below in (("loose", "."), ("sorted", "{}")):
-        for i in range(60):
-            image = Image.frombytes("L", (8, 8), random.Random(i).randbytes(64))
-            (path := folder / "photos" / name / below.format(i % 3)).mkdir(parents=True, exist_ok=True)
-            image.save(path / f"{i}.png")
+    for i in range(60):
+        save_photo(folder / "photos/loose" / f"{i}.png", seed=i)
+        save_photo(folder / "photos/sorted" / str(i % 3) / f"{i}.png", seed=i)
+    for name in ("loose", "sorted"):
         pack(folder / name, folder / "photos" / name, size=8, grey=True)
     torch.jit.save(torch.jit.script(nn.AvgPool2d(4)), str(folder / "pooled.pt"))
-    train(folder / "free", folder / "loose", 0, "Unconditional")
-    train(folder / "told", folder / "sorted", 3, {"class_path": "ClassLabel", "init_args": {"classes": 3}})
+    train_on(folder / "loose", folder / "unconditional", 0, UNCONDITIONAL)
+    train_on(folder / "sorted", folder / "labelled", 3, THREE_CLASSES)
     return folder
 
 
-def train(out, images, classes, condition):
-    form = {"net": {"class_path": "DiT", "init_args": {**NET, "classes": classes}}, "interpolant": "Linear"}
-    denoiser = {"class_path": "Denoiser", "init_args": {**form, "prediction": "Velocity"}}
-    arguments = {"denoiser": denoiser, "objective": "Matching", "condition": condition}
-    config = {
-        "out": str(out),
-        "model": {"class_path": "Generator", "init_args": arguments},
-        "data": {"source": {"class_path": "Images", "init_args": {"path": str(images / "train")}}, "batch": 16},
-        "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.05}},
-        "trainer": {"max_steps": 8, "accelerator": "cpu", "logger": False},
-    }
-    path = out.with_suffix(".yaml")
-    path.write_text(json.dumps(config))
-    assert not main(["fit", "--config", str(path)])
-
-
-def evaluate(place, run, images, out, *words):
-    words = ("--run", str(place / run), "--images", str(place / images), "--out", str(out), *words)
-    return main(["evaluate", *words, "--samples", "100", "--steps", "[1,2]"])
-
-
-def pooled(place):
-    return ("--extractor", str(place / "pooled.pt"))
+def measure_words(folder: Path, run: str, images: str, out: Path) -> tuple[object, ...]:
+    """Return the command that measures a run against an image set."""
+    inputs = ("--run", folder / run, "--images", folder / images)
+    return ("evaluate", *inputs, "--out", out, "--samples", "100", "--steps", "[1,2]")
 
 
 @pytest.fixture(scope="module")
-def evaluated(place):
-    """A pipeline's folder with the evaluation of both runs on photos without classes, one as the other's teacher."""
-    out = place / "pipeline"
-    assert not evaluate(place, "free", "loose", out / "evaluation" / "free", *pooled(place))
-    assert not evaluate(place, "told", "loose", out / "evaluation" / "told", *pooled(place), "--teacher", str(place / "free"))
+def pipeline(folder):
+    """Return a pipeline's folder in which both runs were measured on images without classes.
+
+    The run `unconditional` is the teacher of `labelled`.
+    """
+    out = folder / "pipeline"
+    extractor = ("--extractor", folder / "pooled.pt")
+    teacher = ("--teacher", folder / "unconditional")
+    for run, more in (("unconditional", ()), ("labelled", teacher)):
+        words = measure_words(folder, run, "loose", out / "evaluation" / run)
+        succeed(*words, *extractor, *more)
     return out
 
 
-def test_all_but_accuracy_is_measured(place, evaluated):
-    for name in ("free", "told"):
-        found = read_json(evaluated / "evaluation" / name / "evaluation.json")
-        rows = [*found["steps"].values(), *([found["teacher"]] if name == "told" else [])]
-        assert all(row["fd"] > 0 and {"recall", "precision", "nearest"} < row.keys() and "accuracy" not in row for row in rows)
-        assert found["features"] == Extractor(place / "pooled.pt").about()
-        assert "classifier_accuracy_heldout" not in found and found["floors"]["bootstrap"] > 0
-    assert not (place / "loose" / "classifier.safetensors").exists()
+@pytest.mark.parametrize("run", ["unconditional", "labelled"])
+def test_everything_but_accuracy_is_measured(folder, pipeline, run):
+    found = read_json(pipeline / "evaluation" / run / "evaluation.json")
+    rows = [*found["steps"].values()]
+    if run == "labelled":
+        rows.append(found["teacher"])
+    for row in rows:
+        assert row["fd"] > 0
+        assert {"recall", "precision", "nearest"} < row.keys()
+        assert "accuracy" not in row
+    assert "classifier_accuracy_heldout" not in found
+    assert found["floors"]["bootstrap"] > 0
+    assert found["features"] == Extractor(folder / "pooled.pt").describe()
 
 
-def test_a_network_that_is_told_classes_draws_all_in_turn(place, evaluated, tmp_path):
-    """In a grid of ten columns, as `rectify sample` does from the same noises."""
-    words = ("--steps", "2", "--seed", "2", "--count", "40", "--columns", "10", "--out", str(tmp_path / "drawn.png"))
-    assert not main(["sample", "--run", str(place / "told"), *words])
-    ours = evaluated / "evaluation" / "told" / "samples-2.png"
-    assert Image.open(ours).size == (80, 32) and ours.read_bytes() == (tmp_path / "drawn.png").read_bytes()
-    free = evaluated / "evaluation" / "free" / "samples-2.png"
-    assert Image.open(free).size == (80, 32)
+def test_no_classifier_is_trained(folder, pipeline):
+    assert not (folder / "loose" / "classifier.safetensors").exists()
 
 
-def test_the_report_reads_it(evaluated):
-    assert not main(["report", "--run", str(evaluated)])
-    summary = read_json(evaluated / "summary.json")
-    assert summary["told"]["1"]["fd"] > 0 and "classifier_accuracy_heldout" not in summary
-    assert (evaluated / "report.html").exists()
+def test_a_model_with_classes_draws_them_in_turn_as_the_sample_command_does(
+    folder, pipeline, tmp_path
+):
+    grid = ("--steps", "2", "--seed", "2", "--count", "40", "--columns", "10")
+    succeed("sample", "--run", folder / "labelled", *grid, "--out", tmp_path / "images.png")
+    found = pipeline / "evaluation/labelled/samples-2.png"
+    assert Image.open(found).size == (80, 32)
+    assert found.read_bytes() == (tmp_path / "images.png").read_bytes()
 
 
-def test_without_a_network_of_ones_own_it_is_refused(place, tmp_path, capfd):
-    assert evaluate(place, "free", "loose", tmp_path / "out") == 2
-    said = "has no class labels to train a classifier on; give --extractor, a network to measure with"
-    assert capfd.readouterr().err == f"rectify: error: {place / 'loose'}: {said}\n"
+def test_a_model_without_classes_is_sampled_in_ten_columns(pipeline):
+    found = pipeline / "evaluation/unconditional/samples-2.png"
+    assert Image.open(found).size == (80, 32)
+
+
+def test_the_report_reads_measures_without_classes(pipeline):
+    succeed("report", "--run", pipeline)
+    summary = read_json(pipeline / "summary.json")
+    assert summary["labelled"]["1"]["fd"] > 0
+    assert "classifier_accuracy_heldout" not in summary
+    assert (pipeline / "report.html").exists()
+
+
+def test_without_an_extractor_images_without_classes_are_refused(folder, tmp_path, capfd):
+    words = measure_words(folder, "unconditional", "loose", tmp_path / "out")
+    assert_refused(capfd, words, folder / "loose", "--extractor")
     assert not (tmp_path / "out").exists()
 
 
-def test_with_classes_accuracy_stays_the_classifiers(place, tmp_path):
-    assert not evaluate(place, "told", "sorted", tmp_path, *pooled(place))
+def test_with_classes_accuracy_is_the_classifiers_beside_an_extractor(folder, tmp_path):
+    words = measure_words(folder, "labelled", "sorted", tmp_path)
+    succeed(*words, "--extractor", folder / "pooled.pt")
     found = read_json(tmp_path / "evaluation.json")
-    assert all(0 <= row["accuracy"] <= 1 for row in found["steps"].values()) and 0 <= found["classifier_accuracy_heldout"] <= 1
-    assert found["features"]["extractor"] == "pooled.pt" and Image.open(tmp_path / "samples-1.png").size == (24, 32)
+    assert all(0 <= row["accuracy"] <= 1 for row in found["steps"].values())
+    assert 0 <= found["classifier_accuracy_heldout"] <= 1
+    assert found["features"]["extractor"] == "pooled.pt"
+    assert Image.open(tmp_path / "samples-1.png").size == (24, 32)

@@ -1,120 +1,154 @@
-"""Training with real processes: killed and resumed it gives the same weights; ranks never share their noise."""
+"""Training in real processes: a killed run resumes to the same weights; ranks draw other noise."""
 
-import json
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from models import teacher
-from tests.distributed.runs import equal, final, fit
+from models.checkpoint import newest_checkpoint
+from tests.distributed.runs import (
+    assert_fails,
+    equal,
+    final_state,
+    tiny_fit_words,
+)
+from tests.helpers.training import log_lines, losses
 
 
-def test_a_resumed_log_has_each_step_once(workspace, undisturbed_run, tmp_path):
-    """Killed after step 7: two lines of steps that will be made again, and the beginning of a third."""
+def test_a_resumed_log_has_each_step_once(workspace, uninterrupted_run, tmp_path):
+    """Killed after step 7: the log has two lines of lost steps, and the beginning of a third."""
     out = tmp_path / "run"
-    workspace.rectify(*fit(out, 5))
+    workspace.rectify(*tiny_fit_words(out, 5))
     with (out / "metrics.jsonl").open("a") as log:
         log.write('{"step": 6, "loss": 9.0}\n{"step": 7, "loss": 9.0}\n{"st')
-    workspace.rectify(*fit(out))
-    assert equal(final(out), final(undisturbed_run))
-    logs = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (out, undisturbed_run)]
-    assert [line["step"] for line in logs[0]] == list(range(1, 41))
-    assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
+    workspace.rectify(*tiny_fit_words(out))
+    assert equal(final_state(out), final_state(uninterrupted_run))
+    log = log_lines(out)
+    expected = log_lines(uninterrupted_run)
+    assert [line["step"] for line in log] == list(range(1, 41))
+    assert [line["loss"] for line in log] == [line["loss"] for line in expected]
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(workspace, small_disk, tmp_path):
-    out, large = small_disk.folder / "run", ("--model.denoiser.net.width", "64", "--trainer.logger", "false")
-    workspace.rectify(*fit(out, 5, *large))
+def test_a_full_disk_keeps_the_last_saved_step(workspace, small_disk, tmp_path):
+    out = small_disk.folder / "run"
+    large = ("--model.denoiser.net.width", "64", "--trainer.logger", "false")
+    workspace.rectify(*tiny_fit_words(out, 5, *large))
     before = (out / "checkpoints/step=000000005.ckpt").read_bytes()
-    with small_disk.full(int(0.9 * len(before))):  # room for the codec, which is written at the start, not for a checkpoint
-        failed = workspace.rectify(*fit(out, 10, *large), code=2)
-    assert small_disk.says in failed.stderr and "step=000000010.ckpt" in failed.stderr and "Traceback" not in failed.stderr
-    assert teacher.newest(out).read_bytes() == before
-    workspace.rectify(*fit(out, 10, *large))
-    workspace.rectify(*fit(tmp_path / "undisturbed", 10, *large))
-    assert equal(final(out, 10), final(tmp_path / "undisturbed", 10))
+
+    # the codec, which is written at the start, fits on the disk; a checkpoint does not
+    with small_disk.full(int(0.9 * len(before))):
+        words = tiny_fit_words(out, 10, *large)
+        assert_fails(workspace, words, small_disk.error, "step=000000010.ckpt")
+    assert newest_checkpoint(out).read_bytes() == before
+
+    # the same command resumes once there is space
+    uninterrupted = tmp_path / "uninterrupted"
+    workspace.rectify(*tiny_fit_words(out, 10, *large))
+    workspace.rectify(*tiny_fit_words(uninterrupted, 10, *large))
+    assert equal(final_state(out, 10), final_state(uninterrupted, 10))
 
 
-def times(run):
-    """Return when each of our files in a run was last written (wandb's own process writes its files when it likes)."""
-    files = [path for path in run.rglob("*") if path.is_file() and "wandb" not in path.relative_to(run).parts]
-    return {path: path.stat().st_mtime_ns for path in files}
+def modification_times(run):
+    """Return the modification time of each file of a run, except those of wandb's process."""
+    times = {}
+    for path in run.rglob("*"):
+        if path.is_file() and "wandb" not in path.relative_to(run).parts:
+            times[path] = path.stat().st_mtime_ns
+    return times
 
 
-def test_a_finished_run_is_left_alone(workspace, undisturbed_run):
-    before = times(undisturbed_run)
-    assert "is finished" in workspace.rectify(*fit(undisturbed_run)).stderr
-    assert times(undisturbed_run) == before
+def test_a_finished_run_is_not_touched(workspace, uninterrupted_run):
+    before = modification_times(uninterrupted_run)
+    ended = workspace.rectify(*tiny_fit_words(uninterrupted_run))
+    assert "step=000000040.ckpt" in ended.stderr
+    assert modification_times(uninterrupted_run) == before
 
 
-def test_reading_in_workers_changes_nothing(workspace, undisturbed_run, tmp_path):
-    workspace.rectify(*fit(tmp_path / "run", 40, "--data.workers", "2"))
-    assert equal(final(tmp_path / "run"), final(undisturbed_run))
+def test_reading_in_workers_changes_nothing(workspace, uninterrupted_run, tmp_path):
+    workspace.rectify(*tiny_fit_words(tmp_path / "run", 40, "--data.workers", "2"))
+    assert equal(final_state(tmp_path / "run"), final_state(uninterrupted_run))
 
 
-PARTS = ("--trainer.accumulate_grad_batches", "2")
-HELD = ("--data.heldout.class_path", "Latents", "--data.heldout.init_args.path", "runs/demo/latents")
+HELDOUT = (
+    *("--data.heldout.class_path", "Latents"),
+    *("--data.heldout.init_args.path", "runs/demo/latents"),
+)
+DDP = ("--trainer.strategy", "ddp")
+FSDP2 = ("--trainer.strategy", "fsdp2", "--model.recompute", "true")
+ACCUMULATED = ("--trainer.accumulate_grad_batches", "2")
+WAYS = {  # number of processes, options
+    "one": (1, HELDOUT),
+    "two": (2, (*DDP, *HELDOUT)),
+    "four": (4, DDP),
+    "sharded": (2, (*FSDP2, *ACCUMULATED)),
+}
 
 
-def test_the_loss_curve_does_not_depend_on_processes_strategy_or_accumulation(workspace, tmp_path):
-    """The same global batch, order and draws: only the order of sums differs, by less than 1e-5 over 50 steps."""
-    ways = {
-        "one": (1, "1", HELD),
-        "two": (2, "2", ("--trainer.strategy", "ddp", *HELD)),
-        "four": (4, "4", ("--trainer.strategy", "ddp")),
-        "sharded": (
-            2,
-            "2",
-            ("--trainer.strategy", "fsdp2", "--model.recompute", "true", "--trainer.accumulate_grad_batches", "2"),
-        ),
-    }
-    curves, held = {}, {}
-    for name, (processes, devices, words) in ways.items():
-        often = ("--trainer.devices", devices, "--trainer.val_check_interval", "10")
-        workspace.rectify(*fit(tmp_path / name, 50, *words, *often), processes=processes)
-        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
-        curves[name] = [line["loss"] for line in lines if "loss" in line]
-        held[name] = [line["heldout_loss"] for line in lines if "heldout_loss" in line]
+def test_losses_do_not_depend_on_processes_strategy_or_accumulation(workspace, tmp_path):
+    """The global batch, its order and its random draws are the same.
+
+    Only the order of sums differs, by less than 1e-5 over 50 steps.
+    """
+    curves = {}
+    heldout_curves = {}
+    for name, (processes, options) in WAYS.items():
+        out = tmp_path / name
+        devices = ("--trainer.devices", str(processes), "--trainer.val_check_interval", "10")
+        workspace.rectify(*tiny_fit_words(out, 50, *options, *devices), processes=processes)
+        curves[name] = losses(out)
+        validations = [line for line in log_lines(out) if "heldout_loss" in line]
+        heldout_curves[name] = [line["heldout_loss"] for line in validations]
     for name, curve in curves.items():
-        assert len(curve) == 50 and curve == pytest.approx(curves["one"], rel=1e-5), name
-    assert len(held["one"]) == 5 and held["two"] == pytest.approx(held["one"], rel=1e-5)
+        assert len(curve) == 50, name
+        assert curve == pytest.approx(curves["one"], rel=1e-5), name
+    assert len(heldout_curves["one"]) == 5
+    assert heldout_curves["two"] == pytest.approx(heldout_curves["one"], rel=1e-5)
 
 
-RANKS = """
+RANK_PROGRAM = """
 import torch, torch.distributed as dist
-from data.batch import Steps
+from data.batch import RankBatches
 from data.latents import Latents
-from trainer.draws import Draws
+from trainer.step_random import StepRandom
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
-batch = next(iter(Steps(Latents("runs/demo/latents"), 64, 0, first=3, rank=rank, world=world)))
-mine = Draws(batch).noise(batch.x)
-all_ranks = [torch.empty_like(mine) for _ in range(world)]
-dist.all_gather(all_ranks, mine)
-rows = torch.cat(all_ranks).flatten(1)
-assert rows.shape[0] == 64 and len(rows.unique(dim=0)) == 64, "ranks share their noise"
+latents = Latents("runs/demo/latents")
+batch = next(iter(RankBatches(latents, 64, 0, first_step=3, rank=rank, world=world)))
+noise = StepRandom(batch).noise(batch.x)
+all_ranks = [torch.empty_like(noise) for _ in range(world)]
+dist.all_gather(all_ranks, noise)
+samples = torch.cat(all_ranks).flatten(1)
+assert samples.shape[0] == 64 and len(samples.unique(dim=0)) == 64, "ranks share their noise"
 print("distinct", flush=True)
 dist.destroy_process_group()
 """
 
 
 def test_two_ranks_draw_different_noise(workspace, tmp_path):
-    (tmp_path / "ranks.py").write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "ranks.py")]
-    done = subprocess.run(command, cwd=workspace.path, env=workspace.environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("distinct") == 2
+    program = tmp_path / "ranks.py"
+    program.write_text(RANK_PROGRAM)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    ended = subprocess.run(
+        [sys.executable, *torchrun, str(program)],
+        cwd=workspace.path,
+        env=workspace.environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("distinct") == 2
 
 
 def test_a_batch_that_does_not_divide_is_refused(workspace, tmp_path):
-    failed = workspace.rectify(*fit(tmp_path / "run", 6, "--data.batch", "63", "--trainer.accumulate_grad_batches", "2"), code=2)
-    assert "data.batch: 63 is not a positive multiple of 1 processes x 2" in failed.stderr
+    words = tiny_fit_words(tmp_path / "run", 6, "--data.batch", "63", *ACCUMULATED)
+    assert_fails(workspace, words, "data.batch", 63, "x 2")
 
 
 def test_mixed_precision_keeps_float32_weights(workspace, tmp_path):
-    workspace.rectify(*fit(tmp_path / "run", 3, "--trainer.precision", "bf16-mixed"))
-    found = final(tmp_path / "run", 3)
-    assert all(value.dtype == torch.float32 for part in ("state_dict", "ema") for value in found[part].values())
-    assert all(value.isfinite().all() for value in found["ema"].values())
+    workspace.rectify(*tiny_fit_words(tmp_path / "run", 3, "--trainer.precision", "bf16-mixed"))
+    state = final_state(tmp_path / "run", 3)
+    for part in ("state_dict", "ema"):
+        assert all(value.dtype == torch.float32 for value in state[part].values())
+    assert all(value.isfinite().all() for value in state["ema"].values())

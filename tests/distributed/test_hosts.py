@@ -1,4 +1,7 @@
-"""Two hosts, made of two network namespaces, train together; one is cut off, the other says so and ends, the rerun resumes."""
+"""Two hosts (two network namespaces) train together.
+
+When one is cut off, the other reports it and ends, and the same command resumes the run.
+"""
 
 import os
 import shutil
@@ -8,72 +11,95 @@ import time
 
 import pytest
 
-from models import teacher
-from tests.distributed.runs import equal, final, fit
+from models.checkpoint import newest_checkpoint, read_checkpoint
+from tests.distributed.processes import wait_until
+from tests.distributed.runs import equal, final_state, tiny_fit_words
+from tests.helpers.refusals import PREFIX
 
-NAMES = ("rectify-a", "rectify-b")
+HOSTS = ("rectify-a", "rectify-b")
 STALL = 6  # seconds
-TOGETHER = ("--trainer.strategy", "ddp", "--watchdog.timeout", str(STALL))
+DDP = ("--trainer.strategy", "ddp", "--watchdog.timeout", str(STALL))
 
 
 def ip(*words):
+    """Run iproute2's `ip`."""
     return subprocess.run(["ip", *words], capture_output=True, text=True)
+
+
+def connect_hosts():
+    """Join the two namespaces by a virtual cable; returns the command that made it."""
+    first, second = HOSTS
+    ends = ("cable", "netns", first, "type", "veth", "peer", "name", "cable", "netns", second)
+    cable = ip("link", "add", *ends)
+    for number, name in enumerate(HOSTS, 1):
+        ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "cable")
+        for device in ("lo", "cable"):
+            ip("-n", name, "link", "set", device, "up")
+    return cable
 
 
 @pytest.fixture
 def hosts():
-    """Make two namespaces joined by a cable, 10.77.0.1 and 10.77.0.2."""
-    if not shutil.which("ip") or os.geteuid() != 0 or ip("netns", "add", NAMES[0]).returncode:
+    """Make two namespaces, 10.77.0.1 and 10.77.0.2, joined by a cable."""
+    first, second = HOSTS
+    if not shutil.which("ip") or os.geteuid() != 0 or ip("netns", "add", first).returncode:
         pytest.skip("network namespaces need root and iproute2")
     try:
-        ip("netns", "add", NAMES[1])
-        made = ip("link", "add", "cable", "netns", NAMES[0], "type", "veth", "peer", "name", "cable", "netns", NAMES[1])
-        if made.returncode:
-            pytest.skip(f"no veth here: {made.stderr.strip()}")
-        for number, name in enumerate(NAMES, 1):
-            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "cable")
-            for device in ("lo", "cable"):
-                ip("-n", name, "link", "set", device, "up")
-        yield NAMES
+        ip("netns", "add", second)
+        cable = connect_hosts()
+        if cable.returncode:
+            pytest.skip(f"this machine has no veth: {cable.stderr.strip()}")
+        yield HOSTS
     finally:
-        for name in NAMES:
+        for name in HOSTS:
             ip("netns", "del", name)
 
 
-def train(workspace, out, steps):
+def start_training(workspace, out, steps):
     """Start torchrun on both hosts."""
-    torchrun = ("--nnodes=2", "--nproc-per-node=1", "--master-addr=10.77.0.1", "--master-port=29571")
-    words = fit(out, steps, *TOGETHER, "--trainer.devices", "1", "--trainer.num_nodes", "2")
-    started = []
-    for rank, name in enumerate(NAMES):
+    rendezvous = ("--master-addr=10.77.0.1", "--master-port=29571")
+    torchrun = ("--nnodes=2", "--nproc-per-node=1", *rendezvous)
+    words = tiny_fit_words(out, steps, *DDP, "--trainer.devices", "1", "--trainer.num_nodes", "2")
+    processes = []
+    for rank, name in enumerate(HOSTS):
         before = ("ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=cable")
-        started.append(workspace.start(*words, torchrun=(*torchrun, f"--node-rank={rank}"), before=before))
-    return started
+        ranked = (*torchrun, f"--node-rank={rank}")
+        processes.append(workspace.start(*words, torchrun=ranked, before=before))
+    return processes
 
 
 @pytest.mark.parametrize("lost", [1, 0], ids=["second", "first"])
-def test_a_host_that_is_cut_off_ends_the_run_and_the_rerun_resumes(request, workspace, hosts, tmp_path, lost):
+def test_losing_a_host_ends_the_run_and_the_same_command_resumes(
+    request, workspace, hosts, tmp_path, lost
+):
     if not lost and not request.config.getoption("--long"):
         pytest.skip("only with --long")
     out = tmp_path / "run"
-    processes = train(workspace, out, 4000)
-    while not list((out / "checkpoints").glob("step=*")):
-        assert processes[0].poll() is None, processes[0].communicate()
-        time.sleep(0.01)
-    ip("-n", NAMES[lost], "link", "set", "cable", "down")
-    began, kept = time.monotonic(), processes[1 - lost]
-    line = next(line for line in kept.stderr if line.startswith("rectify: error"))
+    processes = start_training(workspace, out, 4000)
+    wait_until(processes[0], lambda: list((out / "checkpoints").glob("step=*")))
+
+    # cut one host off: the other reports it, and ends
+    ip("-n", HOSTS[lost], "link", "set", "cable", "down")
+    began = time.monotonic()
+    remaining = processes[1 - lost]
+    line = next(line for line in remaining.stderr if line.startswith(PREFIX))
     assert time.monotonic() - began < 3 * STALL
-    assert ("no sign of life from rank 1 on" if lost else "the first host has not been reachable") in line
-    assert kept.wait(timeout=60) != 0
-    os.killpg(processes[lost].pid, signal.SIGKILL)  # the lost host
+    named = ("rank 1",) if lost else ("host", f"{STALL} s")
+    assert all(name in line for name in named), line
+    assert remaining.wait(timeout=60) != 0
+
+    # power the lost host off: kill torchrun, and its rank by the run's folder in the command line
+    os.killpg(processes[lost].pid, signal.SIGKILL)
     subprocess.run(["pkill", "-KILL", "-f", str(out)])
-    ip("-n", NAMES[lost], "link", "set", "cable", "up")
-    step = teacher.read(teacher.newest(out))["global_step"]
-    for process in train(workspace, out, step + 7):
+    ip("-n", HOSTS[lost], "link", "set", "cable", "up")
+
+    # the same command resumes on both hosts
+    last_step = read_checkpoint(newest_checkpoint(out))["global_step"] + 7
+    for process in start_training(workspace, out, last_step):
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
     if lost:
-        two = (*TOGETHER, "--trainer.devices", "2")
-        workspace.rectify(*fit(tmp_path / "whole", step + 7, *two), processes=2)
-        assert equal(final(out, step + 7), final(tmp_path / "whole", step + 7))
+        one_host = tmp_path / "one-host"
+        two = (*DDP, "--trainer.devices", "2")
+        workspace.rectify(*tiny_fit_words(one_host, last_step, *two), processes=2)
+        assert equal(final_state(out, last_step), final_state(one_host, last_step))

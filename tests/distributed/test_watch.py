@@ -1,6 +1,7 @@
-"""What goes wrong in training is named: bad batches, memory, ranks that stall."""
+"""Training failures are named: samples that are not finite, memory, a rank that stalls."""
 
 import os
+import re
 import resource
 import signal
 import time
@@ -12,62 +13,102 @@ import pytest
 from data.latents import latent_sample
 from data.noise import noise
 from data.shards import ShardReader, ShardWriter
-from tests.distributed.runs import final, fit
-from tests.distributed.test_signals import children, until
+from tests.distributed.processes import find_children, wait_until
+from tests.distributed.runs import (
+    assert_fails,
+    assert_last_line_is_the_error,
+    final_state,
+    tiny_fit_words,
+)
+from tests.helpers.refusals import PREFIX, assert_names, refused_line
 
-BAD = 37  # the index of a latent that is not finite
+BAD_INDEX = 37
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+
+
+def make_latent(index):
+    """Return a sample of noise, not finite at `BAD_INDEX`."""
+    x = noise(0, index, (4, 8, 8)) * (np.nan if index == BAD_INDEX else 1)
+    return latent_sample(f"{index:09d}", x, index % 10)
 
 
 @pytest.fixture(scope="module")
-def spoiled(workspace, tmp_path_factory):
-    """Return a set of 64 latents of which one is not finite: it spoils one step in four."""
+def spoiled_options(workspace, tmp_path_factory):
+    """Return the options of training on 64 latents of which one is not finite.
+
+    It spoils one step in four.
+    """
     folder = tmp_path_factory.mktemp("spoiled")
-    origin = ShardReader(workspace.path / "runs/demo/latents").manifest
-    writer = ShardWriter(folder, "latents", {"codec": origin["codec"], "classes": origin["classes"]}, 64, 16)
+    manifest = ShardReader(workspace.path / "runs/demo/latents").manifest
+    facts = {"codec": manifest["codec"], "classes": manifest["classes"]}
+    writer = ShardWriter(folder, "latents", facts, 64, 16)
     for number in writer.numbers():
-        latents = [noise(0, i, (4, 8, 8)) * (np.nan if i == BAD else 1) for i in writer.indices(number)]
-        writer.write(number, [latent_sample(f"{i:09d}", x, i % 10) for i, x in zip(writer.indices(number), latents)])
+        writer.write(number, [make_latent(index) for index in writer.indices(number)])
     writer.finish()
-    return ("--data.source.path", folder, "--data.batch", "16", "--watch.every", "4")
+    return ("--data.source.path", folder, "--data.batch", "16", "--loss_guard.every", "4")
 
 
-def test_a_bad_sample_is_named_with_its_time(workspace, spoiled, tmp_path):
-    failed = workspace.rectify(*fit(tmp_path / "run", 8, *spoiled), code=3)
-    line = failed.stderr.strip().splitlines()[-1]
-    assert f"(1 samples, indices [{BAD}], times 0." in line and "Traceback" not in failed.stderr
+def test_a_bad_sample_is_named_with_its_time(workspace, spoiled_options, tmp_path):
+    words = tiny_fit_words(tmp_path / "run", 8, *spoiled_options)
+    err = assert_fails(workspace, words, "indices", f"[{BAD_INDEX}]", "times", code=3)
+    assert_last_line_is_the_error(err)
+    assert re.search(r"times\W+0\.\d", refused_line(err))
 
 
-def test_bad_steps_are_left_out_and_counted(workspace, spoiled, tmp_path):
-    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
-    done = workspace.rectify(*fit(tmp_path / "run", 8, *spoiled, *two, "--watch.skip", "2"), processes=2)
-    assert done.stderr.count("watch: left out step") == 2
-    assert all(value.isfinite().all() for value in final(tmp_path / "run", 8)["state_dict"].values())
-    state = final(tmp_path / "run", 8)["optimizer_states"][0]["state"]
-    assert all(value["step"] == 6 for value in state.values())
-    failed = workspace.rectify(*fit(tmp_path / "run", 16, *spoiled, "--watch.skip", "2"), code=3)
-    assert "3 steps with gradients that are not finite" in failed.stderr
+def test_bad_steps_are_skipped_and_counted(workspace, spoiled_options, tmp_path):
+    run = tmp_path / "run"
+    skip = ("--loss_guard.skip", "2")
+    words = tiny_fit_words(run, 8, *spoiled_options, *TWO, *skip)
+    ended = workspace.rectify(*words, processes=2)
+    assert len(re.findall(r"step \d+.*gradients", ended.stderr)) == 2
+
+    # two of the eight steps changed nothing
+    state = final_state(run, 8)
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
+    moments = state["optimizer_states"][0]["state"].values()
+    assert all(moment["step"] == 6 for moment in moments)
+
+    # a third bad step stops the run
+    words = tiny_fit_words(run, 16, *spoiled_options, *skip)
+    assert_fails(workspace, words, run, "3 steps", "gradients", code=3)
 
 
-def test_running_out_of_memory_is_told_with_what_to_change(workspace, tmp_path):
-    process = workspace.start(
-        *fit(tmp_path / "run", 8, "--data.batch", "30000", "--model.denoiser.net.width", "256"),
-        preexec=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33)),
-    )
+def limit_memory():
+    """Leave 8 GB of address space."""
+    resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+
+
+def test_running_out_of_memory_names_the_batch(workspace, tmp_path):
+    large = ("--data.batch", "30000", "--model.denoiser.net.width", "256")
+    process = workspace.start(*tiny_fit_words(tmp_path / "run", 8, *large), preexec=limit_memory)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 2, err
-    assert "out of memory at step 0 with a batch of (30000, 4, 8, 8)" in err.strip().splitlines()[-1]
+    assert_last_line_is_the_error(err)
+    line = err.strip().splitlines()[-1]
+    assert_names(line, ("memory", "step 0", "(30000, 4, 8, 8)"))
 
 
-def test_a_stalled_rank_is_named(workspace, undisturbed_run, tmp_path):
-    words = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--watchdog.timeout", "5")
-    process = workspace.start(*fit(tmp_path / "run", 4000, *words), processes=2)
-    until(process, lambda: (tmp_path / "run" / "metrics.jsonl").exists())
-    victim = children(process.pid)[-1]
-    words = Path(f"/proc/{victim}/environ").read_text().split("\0")
-    rank = next(word.removeprefix("RANK=") for word in words if word.startswith("RANK="))
+def read_rank(pid):
+    """Return the rank that torchrun gave to a process."""
+    variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    ranks = [line.removeprefix("RANK=") for line in variables if line.startswith("RANK=")]
+    return ranks[0]
+
+
+def test_a_stalled_rank_is_named(workspace, tmp_path):
+    run = tmp_path / "run"
+    words = tiny_fit_words(run, 4000, *TWO, "--watchdog.timeout", "5")
+    process = workspace.start(*words, processes=2)
+    wait_until(process, lambda: (run / "metrics.jsonl").exists())
+
+    # stop one rank: the other reports it
+    victim = find_children(process.pid)[-1]
+    rank = read_rank(victim)
     os.kill(victim, signal.SIGSTOP)
     began = time.monotonic()
-    line = next(line for line in process.stderr if line.startswith("rectify: error"))
-    assert f"no sign of life from rank {rank} on " in line and time.monotonic() - began < 20
+    line = next(line for line in process.stderr if line.startswith(PREFIX))
+    assert f"rank {rank} on " in line
+    assert time.monotonic() - began < 20
+
     os.kill(victim, signal.SIGKILL)
     assert process.wait(timeout=60) != 0

@@ -1,144 +1,173 @@
-"""Planted code: wherever a file could carry a program, one that would leave a mark if it were run."""
+"""Planted code: wherever a file could carry a program, one that leaves a mark when it runs."""
 
 import io
 import json
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import yaml
 
-from tests.fuzz.mutations import member, reseal, resealed
+from tests.fuzz.mutations import append_member, reseal_shard, reseal_text
 from tests.fuzz.recipes import RECIPES
 
-MARK = "owned"  # in the working folder of the case
+MARK = "owned"  # the file that planted code writes into the working folder of its case
+CHECKPOINT = "teacher/checkpoints/step=000000002.ckpt"
 
 
 class Bomb:
-    """Unpickled, it leaves the mark."""
+    """An object that writes the mark when it is unpickled."""
 
     def __reduce__(self):
         return (open, (MARK, "w"))
 
 
-def array_bomb() -> bytes:
-    """Return .npy bytes whose object array is a bomb."""
+def array_bytes() -> bytes:
+    """Return the bytes of an .npy file whose object array is a bomb."""
     buffer = io.BytesIO()
     np.save(buffer, np.array([Bomb()], dtype=object), allow_pickle=True)
     return buffer.getvalue()
 
 
-def checkpoint(folder: Path) -> None:
-    torch.save({"rectify": Bomb(), "state_dict": {}}, folder / "teacher/checkpoints/step=000000002.ckpt")
+def plant_in_torch_file(folder: Path) -> None:
+    torch.save({"rectify": Bomb(), "state_dict": {}}, folder / CHECKPOINT)
 
 
-def old_checkpoint(folder: Path) -> None:
-    (folder / "teacher/checkpoints/step=000000002.ckpt").write_bytes(pickle.dumps(Bomb()))
+def plant_pickle(folder: Path) -> None:
+    (folder / CHECKPOINT).write_bytes(pickle.dumps(Bomb()))
 
 
-def class_path(folder: Path) -> None:
-    path = folder / "teacher/checkpoints/step=000000002.ckpt"
-    whole = torch.load(path, weights_only=True)
-    whole["rectify"]["condition"] = {"class_path": "models.codec.Path.touch", "init_args": {"self": MARK}}
-    torch.save(whole, path)
+def replace_condition(folder: Path, condition: dict[str, Any]) -> None:
+    """Replace the description of a checkpoint's condition."""
+    path = folder / CHECKPOINT
+    content = torch.load(path, weights_only=True)
+    content["rectify"]["condition"] = condition
+    torch.save(content, path)
 
 
-def function_path(folder: Path) -> None:
-    path = folder / "teacher/checkpoints/step=000000002.ckpt"
-    whole = torch.load(path, weights_only=True)
-    whole["rectify"]["condition"] = {"class_path": "models.teacher.torch.save", "init_args": {"obj": 1, "f": MARK}}
-    torch.save(whole, path)
+def plant_method_name(folder: Path) -> None:
+    touch = {"class_path": "models.codec.Path.touch", "init_args": {"self": MARK}}
+    replace_condition(folder, touch)
 
 
-def offsets(folder: Path) -> None:
-    (folder / "latents/000000.npy").write_bytes(array_bomb())
-    reseal(folder / "latents/000000.tar")
+def plant_function_name(folder: Path) -> None:
+    save = {"class_path": "models.checkpoint.torch.save", "init_args": {"obj": 1, "f": MARK}}
+    replace_condition(folder, save)
 
 
-def array_in_shard(folder: Path) -> None:
-    tar, data = folder / "latents/000000.tar", array_bomb()
-    whole = bytearray(tar.read_bytes())
+def plant_in_offsets(folder: Path) -> None:
+    (folder / "latents/000000.npy").write_bytes(array_bytes())
+    reseal_shard(folder / "latents/000000.tar")
+
+
+def plant_in_shard(folder: Path) -> None:
+    tar = folder / "latents/000000.tar"
+    bomb = array_bytes()
+    content = bytearray(tar.read_bytes())
     start = np.load(tar.with_suffix(".npy"))[0, 1, 0]
-    whole[start : start + len(data)] = data
-    tar.write_bytes(whole)
-    reseal(tar)
+    content[start : start + len(bomb)] = bomb
+    tar.write_bytes(content)
+    reseal_shard(tar)
 
 
-def foreign_members(folder: Path) -> None:
+def plant_in_foreign_tars(folder: Path) -> None:
     for tar in (folder / "foreign").glob("*.tar"):
         for suffix in ("pyd", "pickle", "pkl", "pth"):
-            member(tar, f"0_0.{suffix}", pickle.dumps(Bomb()))
+            append_member(tar, f"0_0.{suffix}", pickle.dumps(Bomb()))
 
 
-def weights(folder: Path) -> None:
+def plant_in_codec_weights(folder: Path) -> None:
     codec = folder / "autoencoder/codec"
     torch.save({"x": Bomb()}, codec / "diffusion_pytorch_model.bin")
     (codec / "diffusion_pytorch_model.safetensors").unlink()
 
 
-def codec_code(folder: Path) -> None:
+def plant_codec_code(folder: Path) -> None:
     path = folder / "autoencoder/codec/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": ["code", "Bomb"], "auto_map": {"x": "code.Bomb"}}))
+    config = json.loads(path.read_text())
+    config["_class_name"] = ["code", "Bomb"]
+    config["auto_map"] = {"x": "code.Bomb"}
+    path.write_text(json.dumps(config))
     (path.parent / "code.py").write_text(f"open({MARK!r}, 'w')")
 
 
-def tagged(folder: Path, name: str) -> None:
+def plant_yaml_tag(folder: Path, name: str) -> None:
     path = folder / name
-    path.write_text(path.read_text() + f"\nseed_everything: !!python/object/apply:os.system ['touch {MARK}']\n")
+    tag = f"seed_everything: !!python/object/apply:os.system ['touch {MARK}']"
+    path.write_text(f"{path.read_text()}\n{tag}\n")
 
 
-def piped_shard(folder: Path) -> None:
+def rename_first_shard(folder: Path, name: str) -> None:
+    """Change the name of the first shard in a manifest."""
     path = folder / "latents/manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["shards"][0]["name"] = f"pipe:touch {MARK}"
-    path.write_bytes(resealed(manifest))
+    manifest["shards"][0]["name"] = name
+    path.write_bytes(reseal_text(manifest))
 
 
-def escaping_shard(folder: Path) -> None:
-    path = folder / "latents/manifest.json"
+def plant_piped_shard(folder: Path) -> None:
+    rename_first_shard(folder, f"pipe:touch {MARK}")
+
+
+def plant_outside_shard(folder: Path) -> None:
     shutil.copytree(folder / "latents", folder / "elsewhere")
-    manifest = json.loads(path.read_text())
-    manifest["shards"][0]["name"] = "../elsewhere/000000.tar"
-    path.write_bytes(resealed(manifest))
+    rename_first_shard(folder, "../elsewhere/000000.tar")
 
 
-def escaping_stage(folder: Path) -> None:
+def plant_outside_stage(folder: Path) -> None:
     pipeline = yaml.safe_load((folder / "pipeline.yaml").read_text())
     pipeline["stages"][0]["name"] = "/../../../escaped"
     (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
 
 
-def nothing(folder: Path) -> None:
-    """The bomb is in the words."""
+def plant_nothing(folder: Path) -> None:
+    """Change no file: the bomb is in the command's words."""
+
+
+class Case(NamedTuple):
+    """A planted bomb: the function that plants it in a folder, and the command that meets it."""
+
+    plant: Callable[[Path], None]
+    words: tuple[str, ...]
 
 
 PIPE = f"pipe:touch {MARK}"
-BOMBS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "a pickle as checkpoint, collected from": (checkpoint, RECIPES["collect"].words),
-    "a pickle as checkpoint, resumed": (checkpoint, RECIPES["resume"].words),
-    "a pickle as checkpoint, sampled": (checkpoint, RECIPES["sample"].words),
-    "a pickle as checkpoint, averaged": (checkpoint, RECIPES["ema"].words),
-    "a bare pickle as checkpoint": (old_checkpoint, RECIPES["collect"].words),
-    "a checkpoint that names a method": (class_path, RECIPES["collect"].words),
-    "a checkpoint that names a function": (function_path, RECIPES["collect"].words),
-    "a pickle as offsets": (offsets, RECIPES["read latents"].words),
-    "a pickle as array in a shard": (array_in_shard, RECIPES["read latents"].words),
-    "a codec of pickled weights": (weights, RECIPES["encode"].words),
-    "a pipe: as shard in a manifest": (piped_shard, RECIPES["read latents"].words),
-    "a shard outside its folder": (escaping_shard, RECIPES["read latents"].words),
-    "a stage whose name leaves its folder": (escaping_stage, RECIPES["run"].words),
-    "a tag in a configuration": (lambda folder: tagged(folder, "teacher.yaml"), RECIPES["teacher"].words),
-    "a tag in a pipeline": (lambda folder: tagged(folder, "pipeline.yaml"), RECIPES["run"].words),
-    "a pipe: as images": (nothing, ("pack", "--images", PIPE, "--out", "x")),
-    "a pipe: to index": (nothing, ("index", "--folder", PIPE)),
-    "a pipe: as source": (nothing, (*RECIPES["teacher"].words, "--data.source.path", PIPE)),
-    "a pipe: as teacher": (nothing, ("collect", "--teacher", PIPE, "--out", "x")),
-    "a pipe: as codec": (nothing, (*RECIPES["encode"].words, "--codec", PIPE)),
+READ_LATENTS = RECIPES["read latents"].words
+COLLECT = RECIPES["collect"].words
+ENCODE = RECIPES["encode"].words
+TEACHER = RECIPES["teacher"].words
+RUN = RECIPES["run"].words
+
+BOMBS = {
+    "a pickle as checkpoint, collected from": Case(plant_in_torch_file, COLLECT),
+    "a pickle as checkpoint, resumed": Case(plant_in_torch_file, RECIPES["resume"].words),
+    "a pickle as checkpoint, sampled": Case(plant_in_torch_file, RECIPES["sample"].words),
+    "a pickle as checkpoint, averaged": Case(plant_in_torch_file, RECIPES["ema"].words),
+    "a bare pickle as checkpoint": Case(plant_pickle, COLLECT),
+    "a checkpoint that names a method": Case(plant_method_name, COLLECT),
+    "a checkpoint that names a function": Case(plant_function_name, COLLECT),
+    "a pickle as offsets": Case(plant_in_offsets, READ_LATENTS),
+    "a pickle as array in a shard": Case(plant_in_shard, READ_LATENTS),
+    "a codec of pickled weights": Case(plant_in_codec_weights, ENCODE),
+    "a pipe: as shard in a manifest": Case(plant_piped_shard, READ_LATENTS),
+    "a shard outside its folder": Case(plant_outside_shard, READ_LATENTS),
+    "a stage whose name leaves its folder": Case(plant_outside_stage, RUN),
+    "a tag in a configuration": Case(partial(plant_yaml_tag, name="teacher.yaml"), TEACHER),
+    "a tag in a pipeline": Case(partial(plant_yaml_tag, name="pipeline.yaml"), RUN),
+    "a pipe: as images": Case(plant_nothing, ("pack", "--images", PIPE, "--out", "x")),
+    "a pipe: to index": Case(plant_nothing, ("index", "--folder", PIPE)),
+    "a pipe: as source": Case(plant_nothing, (*TEACHER, "--data.source.path", PIPE)),
+    "a pipe: as teacher": Case(plant_nothing, ("collect", "--teacher", PIPE, "--out", "x")),
+    "a pipe: as codec": Case(plant_nothing, (*ENCODE, "--codec", PIPE)),
 }
-HARMLESS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "pickles beside the fields of foreign tars": (foreign_members, RECIPES["index"].words),
-    "code beside a codec": (codec_code, RECIPES["encode"].words),
+HARMLESS = {  # the command does not read the planted code, and succeeds
+    "pickles beside the fields of foreign tars": Case(
+        plant_in_foreign_tars, RECIPES["index"].words
+    ),
+    "code beside a codec": Case(plant_codec_code, ENCODE),
 }

@@ -1,4 +1,7 @@
-"""Damage, as disks, networks and strangers do it. Every mutation is a function of a `random.Random`."""
+"""Damage to files, as disks, networks and attackers do it.
+
+Every mutation is a function of a `random.Random`.
+"""
 
 import copy
 import io
@@ -12,159 +15,207 @@ from typing import Any
 import torch
 import yaml
 
-from data.files import canonical, checksum, file_digest, sealed
+from data.files import canonical, checksum, checksummed_json, file_digest
 
-VALUES = (
-    *(None, True, -1, 0, 7, 2**31, 2**63, 10**30, -(10**30), 0.5, math.nan, math.inf, "", "x", "3", "1e999", "../../x"),
-    *("/etc/passwd", "a\nb", "a\0b", "os.system", "models.teacher.load", [], {}, [[]], [1, "x"], {"x": {"y": []}}),
-)  # fmt: skip
-DEPTH = 100_000  # brackets, far past Python's recursion limit
+REPLACEMENTS = (
+    *(None, True, -1, 0, 7, 2**31, 2**63, 10**30, -(10**30), 0.5, math.nan, math.inf),
+    *("", "x", "3", "1e999", "../../x", "/etc/passwd", "a\nb", "a\0b"),
+    *("os.system", "models.checkpoint.load_checkpoint"),
+    *([], {}, [[]], [1, "x"], {"x": {"y": []}}),
+)
+BRACKETS = 100_000  # far more than Python's recursion limit
+HEADER_CHANGES = (  # position in a tar header, new bytes
+    # name
+    (0, b"../../escaped.png\0"),
+    (0, b"/tmp/escaped.npy\0"),
+    (0, b"\xff\xfe.png\0"),
+    (0, bytes(100)),
+    (0, b"nodot\0"),
+    # size
+    (124, b"77777777777\0"),
+    (124, b"00000000000\0"),
+    (124, b"\xff" * 12),
+    (124, b"\x80" + b"\x7f" * 11),
+    (124, b"zz\0"),
+    # type
+    *((156, kind) for kind in (b"1", b"2", b"3", b"5", b"L", b"x", b"g", b"S", b"\xff")),
+)
 
 
-def bits(data: bytes, draw: Random) -> bytes:
+def bits(data: bytes, rng: Random) -> bytes:
     """Flip one to eight bits."""
     changed = bytearray(data)
-    for _ in range(draw.randint(1, 8)):
-        changed[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    for _ in range(rng.randint(1, 8)):
+        changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     return bytes(changed)
 
 
-def cut(data: bytes, draw: Random) -> bytes:
-    """Keep a beginning, sometimes none of it."""
-    return data[: draw.choice([0, 1, len(data) - 1, draw.randrange(len(data))])]
+def cut(data: bytes, rng: Random) -> bytes:
+    """Keep the beginning, sometimes none of it."""
+    length = rng.choice([0, 1, len(data) - 1, rng.randrange(len(data))])
+    return data[:length]
 
 
-def zeros(data: bytes, draw: Random) -> bytes:
+def zeros(data: bytes, rng: Random) -> bytes:
     """Zero a range, as a lost block of a file system reads."""
-    start = draw.randrange(len(data))
-    length = min(len(data) - start, draw.choice([1, 512, 4096]))
+    start = rng.randrange(len(data))
+    length = min(len(data) - start, rng.choice([1, 512, 4096]))
     return data[:start] + bytes(length) + data[start + length :]
 
 
-def insertion(data: bytes, draw: Random) -> bytes:
-    """Insert random bytes somewhere."""
-    start = draw.randrange(len(data) + 1)
-    return data[:start] + draw.randbytes(draw.choice([1, 100, 512])) + data[start:]
+def insertion(data: bytes, rng: Random) -> bytes:
+    """Insert random bytes."""
+    start = rng.randrange(len(data) + 1)
+    return data[:start] + rng.randbytes(rng.choice([1, 100, 512])) + data[start:]
 
 
-def spots(value: Any) -> list[tuple[Any, Any]]:
-    """Return (container, key) of everything inside nested lists and dictionaries."""
-    inside = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
-    return [(value, key) for key, _ in inside] + [spot for _, part in inside for spot in spots(part)]
+def find_spots(value: Any) -> list[tuple[Any, Any]]:
+    """Return (container, key) for everything inside nested lists and dictionaries."""
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))
+    spots = [(value, key) for key, _ in items]
+    for _, part in items:
+        spots += find_spots(part)
+    return spots
 
 
-def restructure(value: Any, draw: Random) -> tuple[Any, str]:
-    """Return a nested value with one spot deleted, replaced or renamed, and what was done."""
+def change_structure(value: Any, rng: Random) -> tuple[Any, str]:
+    """Delete, replace or rename one spot of a nested value.
+
+    Returns the changed copy, and a description of the change.
+    """
     value = copy.deepcopy(value)
-    container, key = draw.choice(spots(value))
-    kind = draw.choice(["delete", "replace", "replace", "replace", "rename"])
+    container, key = rng.choice(find_spots(value))
+    kind = rng.choice(["delete", "replace", "replace", "replace", "rename"])
     if kind == "delete":
         del container[key]
-    elif kind == "rename" and isinstance(container, dict):
+        return value, f"delete {key}"
+    if kind == "rename" and isinstance(container, dict):
         container[f"{key}x"] = container.pop(key)
-    else:
-        kind, container[key] = "replace", copy.deepcopy(draw.choice(VALUES))
-        return value, f"{key} = {str(container[key])[:30]!r}"
-    return value, f"{kind} {key}"
+        return value, f"rename {key}"
+    container[key] = copy.deepcopy(rng.choice(REPLACEMENTS))
+    return value, f"{key} = {str(container[key])[:30]!r}"
 
 
-def resealed(value: Any) -> bytes:
-    """Return the JSON text of a value with a seal that fits, if it had one: a damage that only validation can see."""
+def reseal_text(value: Any) -> bytes:
+    """Return the JSON text of a value; if it had a seal, with one that fits.
+
+    Only validation can find this damage.
+    """
     if not isinstance(value, dict) or "seal" not in value:
         return canonical(value)
-    return sealed({key: part for key, part in value.items() if key != "seal"})
+    return checksummed_json({key: part for key, part in value.items() if key != "seal"})
 
 
-def reseal(tar: Path) -> None:
-    """Make a changed shard's record and manifest fit its bytes again: a forgery that checksums cannot see."""
+def reseal_shard(tar: Path) -> None:
+    """Make the record and the manifest of a changed shard fit its bytes.
+
+    Checksums cannot find this forgery.
+    """
+    # the checksums of the changed files
     facts = {"bytes": tar.stat().st_size, "sha256": file_digest(tar), "xxh3": checksum(tar)}
-    if (offsets := tar.with_suffix(".npy")).exists():
+    offsets = tar.with_suffix(".npy")
+    if offsets.exists():
         facts["offsets"] = checksum(offsets)
-    record, manifest = tar.with_suffix(".json"), tar.parent / "manifest.json"
+
+    # the files that record them
+    record = tar.with_suffix(".json")
     if record.exists():
-        record.write_bytes(resealed(json.loads(record.read_bytes()) | facts))
+        record.write_bytes(reseal_text(json.loads(record.read_bytes()) | facts))
+    manifest = tar.parent / "manifest.json"
     if manifest.exists():
-        whole = json.loads(manifest.read_bytes())
-        whole["shards"] = [shard | (facts if shard["name"] == tar.name else {}) for shard in whole["shards"]]
-        manifest.write_bytes(resealed(whole))
+        content = json.loads(manifest.read_bytes())
+        for shard in content["shards"]:
+            if shard["name"] == tar.name:
+                shard.update(facts)
+        manifest.write_bytes(reseal_text(content))
 
 
-def tar_header(path: Path, draw: Random) -> str:
+def change_tar_header(path: Path, rng: Random) -> str:
     """Change a member's name, size or type, with a header checksum that fits."""
     data = bytearray(path.read_bytes())
     with tarfile.open(path) as tar:
-        start = draw.choice(tar.getmembers()).offset
-    field, value = draw.choice(
-        [(0, b"../../escaped.png\0"), (0, b"/tmp/escaped.npy\0"), (0, b"\xff\xfe.png\0"), (0, bytes(100)), (0, b"nodot\0")]
-        + [(124, b"77777777777\0"), (124, b"00000000000\0"), (124, b"\xff" * 12), (124, b"\x80" + b"\x7f" * 11), (124, b"zz\0")]
-        + [(156, kind) for kind in (b"1", b"2", b"3", b"5", b"L", b"x", b"g", b"S", b"\xff")]
-    )
+        start = rng.choice(tar.getmembers()).offset
+    field, value = rng.choice(HEADER_CHANGES)
     data[start + field : start + field + len(value)] = value
-    data[start + 148 : start + 156] = b" " * 8
-    data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+    checksum_field = slice(start + 148, start + 156)
+    data[checksum_field] = b" " * 8
+    data[checksum_field] = b"%06o\0 " % sum(data[start : start + 512])
     path.write_bytes(data)
     return f"header byte {field} of the member at {start} = {value[:12]!r}"
 
 
-def restructured_file(path: Path, draw: Random) -> str:
+def change_file_structure(path: Path, rng: Random) -> str:
     """Change the structure of a JSON, YAML or checkpoint file."""
     if path.suffix == ".ckpt":
-        value, what = restructure(torch.load(path, weights_only=True), draw)
+        value, change = change_structure(torch.load(path, weights_only=True), rng)
         torch.save(value, path)
-        what += ", checksums renewed"
-    elif path.suffix == ".yaml":
-        value, what = restructure(yaml.safe_load(path.read_text()), draw)
+        return f"{change}, checksums renewed"
+    if path.suffix == ".yaml":
+        value, change = change_structure(yaml.safe_load(path.read_text()), rng)
         path.write_text(yaml.safe_dump(value))
-    else:
-        value, what = restructure(json.loads(path.read_bytes()), draw)
-        forged = draw.random() < 0.7
-        path.write_bytes(resealed(value) if forged else canonical(value))
-        what += ", seal renewed" if forged else ""
-    return what
+        return change
+    value, change = change_structure(json.loads(path.read_bytes()), rng)
+    if rng.random() < 0.7:
+        path.write_bytes(reseal_text(value))
+        return f"{change}, seal renewed"
+    path.write_bytes(canonical(value))
+    return change
 
 
-def deep(path: Path, draw: Random) -> str:
-    """Nest without end in the place of some value."""
-    text, mark = path.read_text(), draw.choice([":", ","])
-    at = draw.choice([i for i, c in enumerate(text) if c == mark] or [0]) + 1
-    path.write_text(text[:at] + " " + "[" * DEPTH + "]" * draw.choice([0, DEPTH]) + text[at:])
-    return f"{DEPTH} brackets at {at}"
+def nest_deeply(path: Path, rng: Random) -> str:
+    """Insert very many nested brackets before some value."""
+    text = path.read_text()
+    separator = rng.choice([":", ","])
+    positions = [i for i, character in enumerate(text) if character == separator]
+    start = rng.choice(positions or [0]) + 1
+    brackets = "[" * BRACKETS + "]" * rng.choice([0, BRACKETS])
+    path.write_text(f"{text[:start]} {brackets}{text[start:]}")
+    return f"{BRACKETS} brackets at {start}"
 
 
-def swapped(path: Path, draw: Random) -> str:
-    """Put another file of the same kind in this one's place."""
-    others = sorted(other for other in path.parent.glob(f"*{path.suffix}") if other.read_bytes() != path.read_bytes())
+def copy_another_file(path: Path, rng: Random) -> str:
+    """Overwrite a file with another file of the same kind."""
+    data = path.read_bytes()
+    siblings = sorted(path.parent.glob(f"*{path.suffix}"))
+    others = [other for other in siblings if other.read_bytes() != data]
     if not others:
-        return damaged(path, draw)
-    other = draw.choice(others)
+        return damage_bytes(path, rng)
+    other = rng.choice(others)
     path.write_bytes(other.read_bytes())
     return f"holds {other.name}"
 
 
-def damaged(path: Path, draw: Random) -> str:
+def damage_bytes(path: Path, rng: Random) -> str:
     """Damage a file's bytes."""
-    kind = draw.choice([bits, cut, zeros, insertion])
-    path.write_bytes(kind(path.read_bytes() or b"\0", draw))
-    return kind.__name__
+    damage = rng.choice([bits, cut, zeros, insertion])
+    path.write_bytes(damage(path.read_bytes() or b"\0", rng))
+    return damage.__name__
 
 
-def mutate(path: Path, draw: Random) -> str:
-    """Mutate a file in a way that suits it; return what was done."""
-    kinds = [damaged, damaged, swapped]
+def mutate(path: Path, rng: Random) -> str:
+    """Mutate a file in a way that suits its format; return a description of the change."""
+    # the mutations of its format
+    mutations = [damage_bytes, damage_bytes, copy_another_file]
     if path.suffix in (".json", ".yaml", ".ckpt"):
-        kinds += [restructured_file] * 5
+        mutations += [change_file_structure] * 5
     if path.suffix in (".json", ".yaml", ".jsonl"):
-        kinds += [deep]
+        mutations += [nest_deeply]
     if path.suffix == ".tar":
-        kinds += [tar_header] * 3
-    what = draw.choice(kinds)(path, draw)
-    if path.suffix == ".tar" and draw.random() < 0.5:
-        reseal(path)
-        what += ", checksums renewed"
-    return what
+        mutations += [change_tar_header] * 3
+
+    # one of them, sometimes with checksums that fit
+    change = rng.choice(mutations)(path, rng)
+    if path.suffix == ".tar" and rng.random() < 0.5:
+        reseal_shard(path)
+        change += ", checksums renewed"
+    return change
 
 
-def member(tar: Path, name: str, data: bytes) -> None:
+def append_member(tar: Path, name: str, data: bytes) -> None:
     """Append a member to a tar."""
     with tarfile.open(tar, "a") as file:
         info = tarfile.TarInfo(name)

@@ -1,9 +1,8 @@
-"""The commands that read damaged files: a garden of tiny artefacts, what each command reads, and what it makes."""
+"""The commands that read damaged files: what each command reads, and what it writes."""
 
 import json
 import tarfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,212 +13,372 @@ import yaml
 from PIL import Image
 
 from data.digits import digits
-from data.images import png
+from data.pack import image_to_png
 from data.shards import ShardReader
+from tests.helpers.commands import REPOSITORY
 
 FIT = (
-    *("--trainer.logger", "false", "--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--data.batch", "4"),
-    *("--checkpoints.every", "1", "--metrics.every", "1"),
+    *("--trainer.logger", "false", "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"),
+    *("--data.batch", "4", "--checkpoints.every", "1", "--metrics.every", "1"),
 )
 GENERATOR = (
-    *("--model.denoiser.net.size", "4", "--model.denoiser.net.width", "16", "--model.denoiser.net.depth", "1"),
-    *("--model.codec", "latents/codec"),
+    *("--model.denoiser.net.size", "4", "--model.denoiser.net.width", "16"),
+    *("--model.denoiser.net.depth", "1", "--model.codec", "latents/codec"),
 )
-TEACHER = ("fit", "--config", "teacher.yaml", "--out", "teacher", *FIT, *GENERATOR, "--data.source.path", "latents")
-STUDENT = ("fit", "--config", "student.yaml", "--out", "student", *FIT, *GENERATOR, "--data.source.path", "pairs")
+AUTOENCODER = (
+    *("fit", "--config", "autoencoder.yaml", "--out", "autoencoder", *FIT),
+    *("--data.source.path", "images/train", "--model.block_out_channels", "[8,8,8]"),
+)
+TEACHER = (
+    *("fit", "--config", "teacher.yaml", "--out", "teacher", *FIT, *GENERATOR),
+    *("--data.source.path", "latents"),
+)
+STUDENT = (
+    *("fit", "--config", "student.yaml", "--out", "student", *FIT, *GENERATOR),
+    *("--data.source.path", "pairs", "--model.initial", "teacher"),
+)
+PACK = (
+    *("pack", "--images", "photos", "--out", "images"),
+    *("--size", "16", "--shard", "10", "--grey", "true"),
+)
+ENCODE = (
+    *("encode", "--images", "images/train", "--codec", "autoencoder", "--out", "latents"),
+    *("--shard", "10"),
+)
+COLLECT = (
+    *("collect", "--teacher", "teacher", "--out", "pairs"),
+    *("--pairs", "16", "--steps", "1", "--shard", "6", "--batch", "6"),
+)
+EVALUATE = (
+    *("evaluate", "--run", "student", "--images", "images", "--out", "evaluation/student"),
+    *("--steps", "[1]", "--samples", "100"),
+)
+EXPORT = ("export", "--run", "student", "--out", "export")
+SAMPLE = ("sample", "--run", "teacher", "--out", "sample.png", "--steps", "1", "--count", "10")
+
+
+def set_files(folder: str) -> tuple[str, ...]:
+    """Return the globs of the files of a set."""
+    return (f"{folder}/*.tar", f"{folder}/*.npy", f"{folder}/*.json")
+
+
+IMAGES = set_files("images/train")
+HELDOUT = set_files("images/heldout")
+LATENTS = set_files("latents")
+PAIRS = set_files("pairs")
+TEACHER_CHECKPOINT = "teacher/checkpoints/step=000000002.ckpt"
+STUDENT_CHECKPOINT = "student/checkpoints/step=000000002.ckpt"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A command, the files it reads (globs), what it makes (paths), and what is not there yet when it starts (globs)."""
+    """A command, with the files that it reads and writes.
+
+    Args:
+        words: the command.
+        reads: globs of the files that it reads, which are damaged.
+        makes: paths that it writes.
+        absent: globs of what does not exist yet when the command starts.
+        free_input: whether other intact input may give other output, so that the output can
+            not be compared with the output for undamaged files.
+    """
 
     words: tuple[str, ...]
     reads: tuple[str, ...]
     makes: tuple[str, ...]
     absent: tuple[str, ...] = ()
-    free: bool = False  # another input that is whole may give another output: there is nothing to compare with
+    free_input: bool = False
 
     @property
-    def set(self) -> str | None:
-        """The folder of the set that a repeated command leaves or repairs, which must be right or refused by its reader."""
-        return None if self.absent else {"pack": "images/train", "encode": "latents", "collect": "pairs"}.get(self.words[0])
+    def repaired_set(self) -> str | None:
+        """Folder of the set that a repeated command keeps or repairs; None for other commands.
+
+        It must then be correct, or be refused by its reader.
+        """
+        if self.absent:
+            return None
+        sets = {"pack": "images/train", "encode": "latents", "collect": "pairs"}
+        return sets.get(self.words[0])
 
 
-SET = ("*.tar", "*.npy", "*.json")
-IMAGES, LATENTS, PAIRS, HELDOUT = (
-    tuple(f"{folder}/{suffix}" for suffix in SET) for folder in ("images/train", "latents", "pairs", "images/heldout")
-)
-CHECKPOINT = ("teacher/checkpoints/step=000000002.ckpt",)
-PACK = ("pack", "--images", "photos", "--out", "images", "--size", "16", "--shard", "10", "--grey", "true")
-ENCODE = ("encode", "--images", "images/train", "--codec", "autoencoder", "--out", "latents", "--shard", "10")
-COLLECT = ("collect", "--teacher", "teacher", "--out", "pairs", "--pairs", "16", "--steps", "1", "--shard", "6", "--batch", "6")
-EXPORT = ("export", "--run", "student", "--out", "export")
-EVALUATE = ("evaluate", "--run", "student", "--images", "images", "--out", "evaluation/student")
-AUTOENCODER = (
-    *("fit", "--config", "autoencoder.yaml", "--out", "autoencoder", *FIT, "--data.source.path", "images/train"),
-    *("--model.block_out_channels", "[8,8,8]"),
-)
-
-BUILT = {  # in the order in which the garden grows
-    "pack": Recipe(PACK, ("photos/*/*.png", "photos/*/*.jpg"), ("images/train", "images/heldout"), ("images/*/*",), free=True),
-    "autoencoder": Recipe(AUTOENCODER, (*IMAGES, "autoencoder.yaml"), ("autoencoder",), ("autoencoder",)),
-    "encode": Recipe(ENCODE, (*IMAGES, "autoencoder/codec/*"), ("latents",), ("latents",)),
-    "teacher": Recipe(TEACHER, (*LATENTS, "latents/codec/*", "teacher.yaml"), ("teacher",), ("teacher",)),
-    "collect": Recipe(COLLECT, (*CHECKPOINT, "teacher/codec/*"), ("pairs",), ("pairs",)),
+BUILT = {  # in the order in which the artefacts are built
+    "pack": Recipe(
+        PACK,
+        reads=("photos/*/*.png", "photos/*/*.jpg"),
+        makes=("images/train", "images/heldout"),
+        absent=("images/*/*",),
+        free_input=True,
+    ),
+    "autoencoder": Recipe(
+        AUTOENCODER,
+        reads=(*IMAGES, "autoencoder.yaml"),
+        makes=("autoencoder",),
+        absent=("autoencoder",),
+    ),
+    "encode": Recipe(
+        ENCODE,
+        reads=(*IMAGES, "autoencoder/codec/*"),
+        makes=("latents",),
+        absent=("latents",),
+    ),
+    "teacher": Recipe(
+        TEACHER,
+        reads=(*LATENTS, "latents/codec/*", "teacher.yaml"),
+        makes=("teacher",),
+        absent=("teacher",),
+    ),
+    "collect": Recipe(
+        COLLECT,
+        reads=(TEACHER_CHECKPOINT, "teacher/codec/*"),
+        makes=("pairs",),
+        absent=("pairs",),
+    ),
     "student": Recipe(
-        (*STUDENT, "--model.initial", "teacher"),
-        (*PAIRS, *CHECKPOINT, "latents/codec/*", "student.yaml"),
-        ("student",),
-        ("student",),
+        STUDENT,
+        reads=(*PAIRS, TEACHER_CHECKPOINT, "latents/codec/*", "student.yaml"),
+        makes=("student",),
+        absent=("student",),
     ),
     "evaluate": Recipe(
-        (*EVALUATE, "--steps", "[1]", "--samples", "100"),
-        (*IMAGES, *HELDOUT, "images/classifier.safetensors", "student/checkpoints/step=000000002.ckpt", "student/codec/*"),
-        ("evaluation/student",),
-        ("evaluation",),
+        EVALUATE,
+        reads=(
+            *(*IMAGES, *HELDOUT, "images/classifier.safetensors"),
+            *(STUDENT_CHECKPOINT, "student/codec/*"),
+        ),
+        makes=("evaluation/student",),
+        absent=("evaluation",),
     ),
-    "export": Recipe(EXPORT, ("student/checkpoints/step=000000002.ckpt", "student/codec/*"), ("export",), ("export",)),
+    "export": Recipe(
+        EXPORT,
+        reads=(STUDENT_CHECKPOINT, "student/codec/*"),
+        makes=("export",),
+        absent=("export",),
+    ),
     "report": Recipe(
         ("report", "--run", "."),
-        ("evaluation/*/*", "export/export.json", "*/metrics.jsonl", "*/config.yaml"),
-        ("summary.json", "report.html"),
-        ("summary.json", "report.html"),
+        reads=("evaluation/*/*", "export/export.json", "*/metrics.jsonl", "*/config.yaml"),
+        makes=("summary.json", "report.html"),
+        absent=("summary.json", "report.html"),
     ),
     "index": Recipe(
-        ("index", "--folder", "foreign"), ("foreign/*.tar",), ("foreign",), ("foreign/*.json", "foreign/*.npy"), free=True
+        ("index", "--folder", "foreign"),
+        reads=("foreign/*.tar",),
+        makes=("foreign",),
+        absent=("foreign/*.json", "foreign/*.npy"),
+        free_input=True,
     ),
-}  # fmt: skip
+}
 RECIPES = BUILT | {
     "sample": Recipe(
-        ("sample", "--run", "teacher", "--out", "sample.png", "--steps", "1", "--count", "10"),
-        (*CHECKPOINT, "teacher/codec/*"),
-        ("sample.png",),
-        ("sample.png",),
+        SAMPLE,
+        reads=(TEACHER_CHECKPOINT, "teacher/codec/*"),
+        makes=("sample.png",),
+        absent=("sample.png",),
     ),
     "ema": Recipe(
         ("ema", "--run", "teacher", "--width", "0.08"),
-        (*CHECKPOINT, "teacher/ema/*.safetensors"),
-        ("teacher/ema/width=0.08.ckpt",),
-        ("teacher/ema/width=0.08.ckpt",),
+        reads=(TEACHER_CHECKPOINT, "teacher/ema/*.safetensors"),
+        makes=("teacher/ema/width=0.08.ckpt",),
+        absent=("teacher/ema/width=0.08.ckpt",),
     ),
     "resume": Recipe(
         (*TEACHER, "--trainer.max_steps", "3"),
-        (*CHECKPOINT, "teacher/metrics.jsonl", "teacher/config.yaml", "teacher/ema/*", "teacher/codec/*"),
-        ("teacher",),
+        reads=(
+            *(TEACHER_CHECKPOINT, "teacher/metrics.jsonl", "teacher/config.yaml"),
+            *("teacher/ema/*", "teacher/codec/*"),
+        ),
+        makes=("teacher",),
     ),
-    "pack again": Recipe(PACK, (*IMAGES, *HELDOUT), ("images/train", "images/heldout")),
-    "encode again": Recipe(ENCODE, (*LATENTS, "latents/codec/*"), ("latents",)),
-    "collect again": Recipe(COLLECT, PAIRS, ("pairs",)),
-    "export again": Recipe(EXPORT, ("export/export.json",), ("export",)),
-    "index again": Recipe(("index", "--folder", "foreign"), ("foreign/*",), ("foreign",), free=True),
+    "pack again": Recipe(PACK, reads=(*IMAGES, *HELDOUT), makes=("images/train", "images/heldout")),
+    "encode again": Recipe(ENCODE, reads=(*LATENTS, "latents/codec/*"), makes=("latents",)),
+    "collect again": Recipe(COLLECT, reads=PAIRS, makes=("pairs",)),
+    "export again": Recipe(EXPORT, reads=("export/export.json",), makes=("export",)),
+    "index again": Recipe(
+        ("index", "--folder", "foreign"),
+        reads=("foreign/*",),
+        makes=("foreign",),
+        free_input=True,
+    ),
     "run": Recipe(
-        ("run", "pipeline.yaml"), ("pipeline.yaml", "piped/stages/*.json", "piped/summary.json"), ("piped",), free=True
+        ("run", "pipeline.yaml"),
+        reads=("pipeline.yaml", "piped/stages/*.json", "piped/summary.json"),
+        makes=("piped",),
+        free_input=True,
     ),
-    "read images": Recipe(("read", "--folder", "images/train"), IMAGES, ("images/train",)),
-    "read latents": Recipe(("read", "--folder", "latents"), LATENTS, ("latents",)),
-    "read pairs": Recipe(("read", "--folder", "pairs"), PAIRS, ("pairs",)),
-    "read foreign": Recipe(("read", "--folder", "foreign"), ("foreign/*",), ("foreign",)),
-}  # fmt: skip
+    "read images": Recipe(
+        ("read", "--folder", "images/train"), reads=IMAGES, makes=("images/train",)
+    ),
+    "read latents": Recipe(("read", "--folder", "latents"), reads=LATENTS, makes=("latents",)),
+    "read pairs": Recipe(("read", "--folder", "pairs"), reads=PAIRS, makes=("pairs",)),
+    "read foreign": Recipe(
+        ("read", "--folder", "foreign"), reads=("foreign/*",), makes=("foreign",)
+    ),
+}
 
 
-def plant(garden: Path) -> None:
-    """Lay out what a user brings: images in class folders, foreign tars, configurations, a pipeline."""
-    for i, (_, opened, klass) in enumerate(digits()[:30]):
-        folder = garden / "photos" / f"class-{(klass or 0) % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        opened().resize((16, 16)).save(folder / f"{i}.{'jpg' if i % 3 else 'png'}")
-    (garden / "foreign").mkdir()
+def write_user_files(folder: Path) -> None:
+    """Write what a user provides: images, foreign tars, configurations and a pipeline."""
+    write_photos(folder / "photos")
+    write_foreign_tars(folder / "foreign")
+    write_configs(folder)
+    write_pipeline(folder / "pipeline.yaml")
+
+
+def write_photos(folder: Path) -> None:
+    """Write 30 digits as PNG and JPEG files in two class folders."""
+    for i, (_, open_image, label) in enumerate(digits()[:30]):
+        class_folder = folder / f"class-{(label or 0) % 2}"
+        class_folder.mkdir(parents=True, exist_ok=True)
+        suffix = "jpg" if i % 3 else "png"
+        open_image().resize((16, 16)).save(class_folder / f"{i}.{suffix}")
+
+
+def write_foreign_tars(folder: Path) -> None:
+    """Write two tars of five images each, as webdataset writes them."""
+    folder.mkdir()
     for number in range(2):
-        with webdataset.TarWriter(str(garden / "foreign" / f"part-{number}.tar"), mtime=0) as writer:
+        path = folder / f"part-{number}.tar"
+        with webdataset.TarWriter(str(path), mtime=0) as writer:
             for i in range(5):
-                writer.write(
-                    {"__key__": f"{number}_{i}", "png": png(Image.new("L", (8, 8), 9 * i + 100 * number)), "cls": str(i % 3)}
-                )
-    configs = Path(__file__).parent.parent.parent / "configs" / "digits"
+                image = image_to_png(Image.new("L", (8, 8), 9 * i + 100 * number))
+                writer.write({"__key__": f"{number}_{i}", "png": image, "cls": str(i % 3)})
+
+
+def write_configs(folder: Path) -> None:
+    """Write the configurations of the digits; the teacher's has EMA widths."""
     for name in ("autoencoder", "teacher", "student"):
-        config = yaml.safe_load((configs / f"{name}.yaml").read_text())
+        path = REPOSITORY / "configs" / "digits" / f"{name}.yaml"
+        config = yaml.safe_load(path.read_text())
         if name == "teacher":
             config["trainer"]["callbacks"][0]["init_args"]["widths"] = [0.05, 0.1]
-        (garden / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+
+
+def write_pipeline(path: Path) -> None:
+    """Write a pipeline of two stages."""
     pack = {"out": "{out}/images", "images": "photos", "size": 16, "holdout": 0.2}
-    stages = [{"name": "pack", "pack": pack, "quick": {"size": 8}}, {"name": "look", "index": {"folder": "foreign"}}]
-    (garden / "pipeline.yaml").write_text(yaml.safe_dump({"out": "piped", "stages": stages}))
+    stages = [
+        {"name": "pack", "pack": pack, "smoke": {"size": 8}},
+        {"name": "look", "index": {"folder": "foreign"}},
+    ]
+    path.write_text(yaml.safe_dump({"out": "piped", "stages": stages}))
 
 
-def read(folder: Path) -> None:
-    """Read every sample of a set in a child process, as training would, and write down what was read."""
+def read_set(folder: Path) -> None:
+    """Read every sample of a set, as training does, and write read.pt with what was read.
+
+    The campaign adds this function to the commands as `rectify read`.
+    """
     from data.images import Images
     from data.latents import Latents
     from data.pairs import Pairs
     from data.shards import read_manifest
 
-    source = {"images": Images, "latents": Latents, "pairs": Pairs}[read_manifest(folder)["kind"]](str(folder))
-    batch = source.read(np.arange(read_manifest(folder)["samples"]))
+    manifest = read_manifest(folder)
+    sources = {"images": Images, "latents": Latents, "pairs": Pairs}
+    source = sources[manifest["kind"]](str(folder))
+    batch = source.read(np.arange(manifest["samples"]))
     torch.save([batch.x, batch.condition, batch.noise], "read.pt")
 
 
-def plain(value: Any) -> Any:
-    """Return a value without what differs between any two runs: seconds, and the checksum over them."""
-    if isinstance(value, dict):
-        return {key: plain(part) for key, part in value.items() if key not in ("seconds", "seal")}
-    return [plain(part) for part in value] if isinstance(value, list) else value
+def remove_durations(value: Any) -> Any:
+    """Return a value without what differs between any two runs: seconds, and seals over them."""
+    if isinstance(value, list):
+        return [remove_durations(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: part for key, part in value.items() if key not in ("seconds", "seal")}
+    return {key: remove_durations(part) for key, part in kept.items()}
 
 
-def content(path: Path) -> Any:
-    """Return what a file says, to be compared with what the undisturbed run's says."""
+def read_comparable(path: Path) -> Any:
+    """Return the content of a file without what differs between equal runs."""
     if path.suffix == ".ckpt":
-        return {key: value for key, value in torch.load(path, weights_only=True).items() if key != "origin"}  # revision, time
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint.pop("origin", None)  # it has the revision and the time
+        return checkpoint
     if path.suffix == ".json":
-        return plain(json.loads(path.read_bytes()))
+        return remove_durations(json.loads(path.read_bytes()))
     if path.suffix == ".jsonl":
-        return [plain(json.loads(line)) for line in path.open()]
+        return [remove_durations(json.loads(line)) for line in path.open()]
     if path.suffix == ".html":
-        return len(path.read_bytes()) > 0  # its figures are summary.json's
+        return len(path.read_bytes()) > 0  # its figures are those of summary.json
     return path.read_bytes()
 
 
-def made(folder: Path, recipe: Recipe, but: Path | None = None) -> dict[str, Any]:
-    """Return the content of all that a recipe made in a folder, but for the file that was damaged there."""
+def is_hidden(path: Path) -> bool:
+    """Return whether a part of a path begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def read_results(folder: Path, recipe: Recipe, damaged: Path | None = None) -> dict[str, Any]:
+    """Return the content of all files that a recipe made in a folder, except the damaged one."""
     if recipe.words[0] == "read":
         return {"read": torch.load(folder / "read.pt")}
-    found = {}
-    for top in map(folder.joinpath, recipe.makes):
-        for path in sorted([top] if top.is_file() else top.rglob("*")):
-            if path.is_file() and path != but and not any(part.startswith(".") for part in path.relative_to(folder).parts):
-                found[str(path.relative_to(folder))] = content(path)
-    return found
+    results = {}
+    for name in recipe.makes:
+        top = folder / name
+        files = [top] if top.is_file() else sorted(top.rglob("*"))
+        for path in files:
+            relative = path.relative_to(folder)
+            if path.is_file() and path != damaged and not is_hidden(relative):
+                results[str(relative)] = read_comparable(path)
+    return results
 
 
-def agrees(folder: Path, recipe: Recipe, changed: Path) -> str | None:
-    """Return why a result of free input is wrong, or None: the rest is untouched, and what is read is what is there."""
-    return {"index": served_as_they_are, "pack": partial(others_untouched, changed=changed)}.get(recipe.words[0], lambda _: None)(
-        folder
-    )
+def check_free_result(folder: Path, recipe: Recipe, damaged: Path) -> str | None:
+    """Return what is wrong with the result of free input, or None.
+
+    Undamaged input must give the same result as before, and the reader must return the bytes
+    that the files hold.
+    """
+    if recipe.words[0] == "index":
+        return check_index(folder)
+    if recipe.words[0] == "pack":
+        return check_other_images(folder, damaged)
+    return None
 
 
-def served_as_they_are(folder: Path) -> str | None:
-    """Compare what our reader serves of foreign tars with what Python's tarfile reads there."""
+def check_index(folder: Path) -> str | None:
+    """Compare what our reader returns for foreign tars with what Python's tarfile reads."""
+    # our reader
     reader = ShardReader(folder / "foreign")
-    served = {}
+    read = {}
     for i in range(len(reader)):
         sample = reader[i]
         key = sample.pop("__key__")
-        served |= {f"{key}.{field}": view.tobytes() for field, view in sample.items()}
-    there = {}
+        for field, view in sample.items():
+            read[f"{key}.{field}"] = view.tobytes()
+
+    # Python's
+    members = {}
     for path in sorted((folder / "foreign").glob("*.tar")):
         with tarfile.open(path) as tar:
-            there |= {m.name: file.read() for m in tar.getmembers() if m.isfile() and (file := tar.extractfile(m))}
-    wrong = [name for name, data in served.items() if there.get(name) != data]
-    return f"served other bytes than the tar holds: {wrong}" if wrong else None
+            for member in tar.getmembers():
+                file = tar.extractfile(member) if member.isfile() else None
+                if file is not None:
+                    members[member.name] = file.read()
+
+    wrong = [name for name, data in read.items() if members.get(name) != data]
+    return f"the reader returned other bytes than the tar holds: {wrong}" if wrong else None
 
 
-def others_untouched(folder: Path, changed: Path) -> str | None:
-    """Check that every packed image but the damaged one is what it was."""
-    fields = []
-    for place in (folder, folder.parent / "garden"):
-        samples = {}
-        for reader in (ShardReader(place / "images" / split) for split in ("train", "heldout")):
-            samples |= {(row := reader[i])["__key__"]: row["png"].tobytes() for i in range(len(reader))}
-        fields.append(samples)
-    differing = [key for key in fields[1] if fields[0].get(key) != fields[1][key]]
-    return f"images {differing} differ, only {changed.name} was damaged" if len(differing) > 1 else None
+def read_images(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every packed image by its key."""
+    images = {}
+    for split in ("train", "heldout"):
+        reader = ShardReader(folder / "images" / split)
+        for i in range(len(reader)):
+            sample = reader[i]
+            images[sample["__key__"]] = sample["png"].tobytes()
+    return images
+
+
+def check_other_images(folder: Path, damaged: Path) -> str | None:
+    """Check that every packed image except the damaged one is unchanged."""
+    images = read_images(folder)
+    originals = read_images(folder.parent / "originals")
+    differing = [key for key, data in originals.items() if images.get(key) != data]
+    if len(differing) <= 1:
+        return None
+    return f"images {differing} differ, only {damaged.name} was damaged"

@@ -9,140 +9,191 @@ from torch import nn
 from models.denoiser import Denoiser
 from models.guidance import Guided
 from models.interpolant import Linear, Trigonometric, VariancePreserving
-from models.likelihood import Adaptive, Exact, Fixed, Flow, Hutchinson, bits_per_dim, dequantise, log_prob
+from models.likelihood import (
+    AdaptiveSolver,
+    Exact,
+    FixedSolver,
+    Hutchinson,
+    VelocityAndDivergence,
+    bits_per_dim,
+    dequantise,
+    log_prob,
+)
 from models.nets.dit import DiT
-from models.prediction import Noise, Velocity
-from tests.forms import every_interpolant
-from tests.oracle import Mixture, single
+from models.prediction import NoisePrediction, Velocity
+from tests.examples import every_interpolant
+from tests.helpers.refusals import refused
+from tests.oracle import CountingDenoiser, Mixture, single
 
 ONE = torch.tensor(1.0)
-X = torch.linspace(-2, 2.5, 8, dtype=torch.float64).view(-1, 1, 1, 1) * torch.tensor([1.0, 0.3], dtype=torch.float64)
+LINE = torch.linspace(-2, 2.5, 8, dtype=torch.float64).view(-1, 1, 1, 1)
+X = LINE * torch.tensor([1.0, 0.3], dtype=torch.float64)
 
 
-def modes(interpolant):
+def two_modes(interpolant):
     return Mixture(interpolant, [-1.0, 1.5], [0.4, 0.6], [0.4, 0.6])
 
 
-def truth(oracle, x, t=1e-4):
-    """Return the log-density of x under the law of data + (sigma / alpha) noise at t."""
+def exact_density(oracle, x, t=1e-4):
+    """Return the log-density at x of data + (sigma / alpha) noise at t."""
     alpha, _ = oracle.interpolant(torch.tensor(t, dtype=torch.float64))
     return oracle.log_density(alpha * x, torch.tensor(t)) + x[0].numel() * alpha.log()
 
 
-def solved(oracle, x, t=1e-4, tolerance=2e-4):
-    """Solve as a user would: where the solve is refused, with more steps."""
+def exact_prior(oracle):
+    """Return the exact log-density of the states at t = 1."""
+    return lambda end: oracle.log_density(end, ONE)
 
-    def prior(end):
-        return oracle.log_density(end, ONE)
 
+def solved_density(oracle, x, t=1e-4, tolerance=2e-4):
+    """Return the solver's log-density at x; where it refuses the solve, with more steps."""
+    options = {"prior": exact_prior(oracle), "t_min": t, "tolerance": tolerance}
     for steps in (40, 120, 360):
         try:
-            return log_prob(oracle, x, solver=Fixed(steps), prior=prior, t_min=t, tolerance=tolerance)[0]
+            return log_prob(oracle, x, solver=FixedSolver(steps), **options)[0]
         except ValueError as error:
-            assert "take more steps" in str(error)
+            assert "tolerance" in str(error)
     raise AssertionError("360 steps were not enough")
 
 
 @every_interpolant
-@pytest.mark.parametrize("oracle", [single, modes])
-def test_the_density_of_the_oracle(interpolant, oracle):
-    """Within 1e-3 nat, with the exact trace and the oracle's own density at t = 1."""
-    denoiser, t = oracle(interpolant), 2e-3  # a table of 1000 entries has a kink at its first
-    assert (solved(denoiser, X, t) - truth(denoiser, X, t)).abs().max() < 1e-3
+@pytest.mark.parametrize("oracle", [single, two_modes])
+def test_the_density_of_an_exact_denoiser_is_exact(interpolant, oracle):
+    """Within 1e-3 nat, with the exact trace and the exact density at t = 1."""
+    denoiser = oracle(interpolant)
+    t = 2e-3  # a table of 1000 entries has a kink at its first one
+    difference = solved_density(denoiser, X, t) - exact_density(denoiser, X, t)
+    assert difference.abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("interpolant", [Linear(), Trigonometric(), VariancePreserving()], ids=repr)
-def test_it_starts_near_enough_to_the_data(interpolant):
-    """Where sigma(0) = 0 the density is that of the data themselves, to 1e-3 nat."""
-    data = modes(Linear()).log_density(X, torch.tensor(0.0))
-    assert (solved(modes(interpolant), X) - data).abs().max() < 1e-3
+def test_the_default_start_is_near_enough_to_the_data(interpolant):
+    """Where sigma(0) = 0 the density is that of the data, to 1e-3 nat."""
+    expected = two_modes(Linear()).log_density(X, torch.tensor(0.0))
+    assert (solved_density(two_modes(interpolant), X) - expected).abs().max() < 1e-3
 
 
 @every_interpolant
-def test_the_default_prior_is_a_normal_and_its_mismatch_is_told_apart(interpolant):
-    """VP and VE do not end in N(0, sigma^2): what is lost is the difference of the two densities at the noisy end."""
-    oracle, ends = modes(interpolant), []
+def test_the_default_prior_is_a_normal_distribution(interpolant):
+    """VP and VE do not end in N(0, sigma^2): the error is the difference of both at t = 1."""
+    oracle = two_modes(interpolant)
+    ends = []
 
-    def prior(end):
+    def recording_prior(end):
         ends.append(end)
         return oracle.log_density(end, ONE)
 
-    options = {"solver": Fixed(8), "tolerance": math.inf}
-    lost = log_prob(oracle, X, **options)[0] - log_prob(oracle, X, prior=prior, **options)[0]
+    options = {"solver": FixedSolver(8), "tolerance": math.inf}
+    default, _ = log_prob(oracle, X, **options)
+    exact, _ = log_prob(oracle, X, prior=recording_prior, **options)
+    difference = default - exact
+    # The same difference at the noisy end.
     sigma = interpolant(ONE.double())[1]
     normal = torch.distributions.Normal(0.0, sigma).log_prob(ends[0]).flatten(1).sum(1)
-    torch.testing.assert_close(lost, normal - oracle.log_density(ends[0], ONE), rtol=0, atol=1e-9)
-    assert lost.abs().max() < 0.5
+    expected = normal - oracle.log_density(ends[0], ONE)
+    torch.testing.assert_close(difference, expected, rtol=0, atol=1e-9)
+    assert difference.abs().max() < 0.5
 
 
-class Counting:
-    """Counts the evaluations of a denoiser, and refuses t = 0."""
+@pytest.mark.parametrize(
+    "solver", [FixedSolver(2), AdaptiveSolver()], ids=lambda s: type(s).__name__
+)
+def test_a_network_is_never_called_outside_its_times(solver):
+    """Our denoisers refuse t > 1.
 
-    def __init__(self, denoiser):
-        self.denoiser, self.interpolant, self.calls = denoiser, denoiser.interpolant, 0
-
-    def __call__(self, x_t, t, cond=None):
-        assert t.shape == (len(x_t),) and (t > 0).all()
-        self.calls += 1
-        return self.denoiser(x_t, t, cond)
-
-
-@pytest.mark.parametrize("solver", [Fixed(2), Adaptive()], ids=lambda s: type(s).__name__)
-def test_a_network_is_never_asked_beyond_its_times(solver):
-    """A DiT starts with u = 0, along which an adaptive solver would take any step; ours refuse t > 1. The law is N(0, 1)."""
-    denoiser = Denoiser(DiT(size=1, channels=2, patch=1, width=8, depth=1, heads=1), Linear(), Velocity())
+    A new DiT has u = 0, along which an adaptive solver would take a step of any size. Its
+    density is N(0, 1).
+    """
+    net = DiT(size=1, channels=2, patch=1, width=8, depth=1, heads=1)
+    denoiser = Denoiser(net, Linear(), Velocity())
     found, _ = log_prob(denoiser, X.view(-1, 2, 1, 1).float(), solver=solver)
-    assert (found + (X.flatten(1).square() + math.log(2 * math.pi)).sum(1) / 2).abs().max() < 2e-3
+    expected = -(X.flatten(1).square() + math.log(2 * math.pi)).sum(1) / 2
+    assert (found - expected).abs().max() < 2e-3
 
 
-@pytest.mark.parametrize("solver", [Fixed(12), Adaptive(1e-6, 1e-6)], ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_nfe_counts_what_is_evaluated(solver, scale):
-    counted = Counting(modes(Linear()))
-    log_p, nfe = log_prob(Guided(counted, scale), X, solver=solver, tolerance=1.0)
-    assert nfe == counted.calls and log_p.shape == (8,)
-    if isinstance(solver, Fixed):
-        assert nfe == 4 * (12 + 6) * (1 if scale == 1 else 2)
+every_scale = pytest.mark.parametrize("scale", [1.0, 2.5])
 
 
-def test_the_adaptive_solver_agrees():
-    for interpolant in (Linear(), VariancePreserving()):
-        oracle = modes(interpolant)
-        found, _ = log_prob(oracle, X, solver=Adaptive(), prior=lambda end, of=oracle: of.log_density(end, ONE))
-        assert (found - truth(oracle, X)).abs().max() < 1e-3
+@pytest.mark.parametrize(
+    "solver", [FixedSolver(12), AdaptiveSolver(1e-6, 1e-6)], ids=lambda s: type(s).__name__
+)
+@every_scale
+def test_nfe_counts_network_calls(solver, scale):
+    denoiser = CountingDenoiser(two_modes(Linear()))
+    log_p, nfe = log_prob(Guided(denoiser, scale), X, solver=solver, tolerance=1.0)
+    assert nfe == denoiser.calls
+    assert log_p.shape == (8,)
 
 
-def test_hutchinson_is_unbiased_and_keeps_its_probe():
-    """Its mean is the exact trace's answer; on a diagonal Jacobian every probe's is; one seed gives one answer."""
-    x, options = X[3:4, :, :, [0, 1, 0, 1]], {"solver": Fixed(32), "tolerance": math.inf}
-    oracle = modes(Linear())
-    exact, _ = log_prob(oracle, x, **options)
-    many = x.expand(4000, -1, -1, -1)
-    found, _ = log_prob(oracle, many, trace=Hutchinson(torch.Generator().manual_seed(0)), **options)
-    assert found.std() > 1e-2 and abs(found.mean() - exact) < 4 * found.std() / math.sqrt(4000)
-    several, _ = log_prob(oracle, many, trace=Hutchinson(torch.Generator().manual_seed(0), 4), **options)
-    assert several.std() == pytest.approx(found.std().item() / 2, rel=0.2)
-    again, _ = log_prob(oracle, many, trace=Hutchinson(torch.Generator().manual_seed(0)), **options)
-    assert torch.equal(found, again)
-    diagonal = single(Linear())
-    probed, _ = log_prob(diagonal, X, trace=Hutchinson(torch.Generator().manual_seed(0)), **options)
-    torch.testing.assert_close(probed, log_prob(diagonal, X, **options)[0])
+@every_scale
+def test_nfe_of_fixed_steps_counts_both_solves(scale):
+    """The fine one and the rough one, of half as many steps, at four calls a step."""
+    guided = Guided(two_modes(Linear()), scale)
+    _, nfe = log_prob(guided, X, solver=FixedSolver(12), tolerance=1.0)
+    assert nfe == 4 * (12 + 6) * (1 if scale == 1 else 2)
 
 
-class Wave(nn.Module):
-    """An untrained velocity that bends one dimension."""
+@pytest.mark.parametrize("interpolant", [Linear(), VariancePreserving()], ids=repr)
+def test_the_adaptive_solver_is_exact(interpolant):
+    oracle = two_modes(interpolant)
+    found, _ = log_prob(oracle, X, solver=AdaptiveSolver(), prior=exact_prior(oracle))
+    assert (found - exact_density(oracle, X)).abs().max() < 1e-3
 
-    def forward(self, x_t, clock, cond=None):
-        return (2 * x_t + 3 * clock.view(-1, 1, 1, 1)).sin()
+
+ROUGH = {"solver": FixedSolver(32), "tolerance": math.inf}
+ONE_SAMPLE = X[3:4, :, :, [0, 1, 0, 1]]
 
 
-def test_any_network_has_a_density_of_mass_one():
+def hutchinson(count=1):
+    return Hutchinson(torch.Generator().manual_seed(0), count)
+
+
+def estimates(count=1):
+    """Return 4000 estimates for one sample of a mixture."""
+    samples = ONE_SAMPLE.expand(4000, -1, -1, -1)
+    return log_prob(two_modes(Linear()), samples, trace=hutchinson(count), **ROUGH)[0]
+
+
+@pytest.fixture(scope="module")
+def one_probe():
+    return estimates()
+
+
+def test_hutchinson_is_unbiased(one_probe):
+    exact, _ = log_prob(two_modes(Linear()), ONE_SAMPLE, **ROUGH)
+    assert one_probe.std() > 1e-2
+    assert abs(one_probe.mean() - exact) < 4 * one_probe.std() / math.sqrt(4000)
+
+
+def test_hutchinson_varies_less_with_more_probes(one_probe):
+    assert estimates(count=4).std() == pytest.approx(one_probe.std().item() / 2, rel=0.2)
+
+
+def test_hutchinson_repeats_with_the_same_seed(one_probe):
+    assert torch.equal(one_probe, estimates())
+
+
+def test_hutchinson_is_exact_on_a_diagonal_jacobian():
+    gaussian = single(Linear())
+    found, _ = log_prob(gaussian, X, trace=hutchinson(), **ROUGH)
+    torch.testing.assert_close(found, log_prob(gaussian, X, **ROUGH)[0])
+
+
+class SineNetwork(nn.Module):
+    """An untrained network whose velocity is far from linear."""
+
+    def forward(self, x_t, time, cond=None):
+        return (2 * x_t + 3 * time.view(-1, 1, 1, 1)).sin()
+
+
+def test_the_density_of_any_network_integrates_to_one():
     x = torch.linspace(-8, 8, 2001, dtype=torch.float64)
-    log_p, _ = log_prob(Denoiser(Wave(), Linear(), Velocity()), x.view(-1, 1, 1, 1), solver=Fixed(40), tolerance=1e-2)
+    denoiser = Denoiser(SineNetwork(), Linear(), Velocity())
+    log_p, _ = log_prob(denoiser, x.view(-1, 1, 1, 1), solver=FixedSolver(40), tolerance=1e-2)
     assert torch.trapezoid(log_p.exp(), x).item() == pytest.approx(1, abs=1e-4)
 
 
-def network():
+def random_network():
     torch.manual_seed(0)
     net = DiT(size=4, channels=1, patch=2, width=16, depth=1, heads=2, classes=3)
     for parameter in net.parameters():
@@ -151,73 +202,102 @@ def network():
 
 
 def test_the_divergence_is_the_trace_of_the_jacobian():
-    denoiser, x, t = network().double(), torch.randn(2, 1, 4, 4, dtype=torch.float64), torch.tensor(0.4, dtype=torch.float64)
-    u, divergence = Flow(denoiser, torch.tensor([0, 2]), Exact().probes(x))(x, t)
+    denoiser = random_network().double()
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
+    t = torch.tensor(0.4, dtype=torch.float64)
+    cond = torch.tensor([0, 2])
 
     def velocity(x):
-        x_hat, eps_hat = denoiser(x, t.expand(2), torch.tensor([0, 2]))
+        x_hat, eps_hat = denoiser(x, t.expand(2), cond)
         return eps_hat - x_hat
 
-    torch.testing.assert_close(u, velocity(x).detach())
+    u, divergence = VelocityAndDivergence(denoiser, cond, Exact().probes(x))(x, t)
     jacobian = torch.autograd.functional.jacobian(velocity, x).view(2, 16, 2, 16)
-    torch.testing.assert_close(divergence, torch.stack([jacobian[i, :, i].trace() for i in range(2)]))
+    traces = torch.stack([jacobian[i, :, i].trace() for i in range(2)])
+    torch.testing.assert_close(u, velocity(x).detach())
+    torch.testing.assert_close(divergence, traces)
 
 
-def test_a_network_under_inference_mode_with_a_condition():
-    denoiser, trace = network(), Hutchinson(torch.Generator().manual_seed(0))
+def test_a_network_is_measured_under_inference_mode():
+    """With a condition; it leaves no gradients."""
+    denoiser = random_network()
     with torch.inference_mode():
-        x, cond = torch.randn(2, 1, 4, 4), torch.tensor([0, 2])
-        log_p, nfe = log_prob(denoiser, x, cond, trace, Fixed(10), tolerance=1.0)
-    assert log_p.dtype == torch.float32 and log_p.isfinite().all() and nfe == 60 and not log_p.requires_grad
-    assert all(parameter.grad is None for parameter in denoiser.parameters())
+        x = torch.randn(2, 1, 4, 4)
+        cond = torch.tensor([0, 2])
+        log_p, nfe = log_prob(denoiser, x, cond, hutchinson(), FixedSolver(10), tolerance=1.0)
+    assert log_p.dtype == torch.float32
+    assert log_p.isfinite().all()
+    assert not log_p.requires_grad
+    assert nfe == 60
+    for parameter in denoiser.parameters():
+        assert parameter.grad is None
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "named"),
     [
-        ({"solver": Fixed(2)}, "under-resolved.*nats per dimension, tolerance is 0.001: take more steps"),
-        ({"solver": Adaptive(10.0, 10.0)}, "under-resolved"),
-        ({"solver": Adaptive(most=2)}, "Adaptive cannot go on"),
-        ({"t_min": 0.0}, "t_min is 0.0"),
-        ({"t_max": 1.5}, "t_max is 1.5"),
-        ({"x": X * math.nan}, "must hold at least one sample and be finite"),
-        ({"x": X[:0]}, "shape .0, 1, 1, 2."),
-        ({"denoiser": Denoiser(Wave(), Linear(), Noise())}, r"Noise\(\) is singular on Linear.* at t = 1"),
+        ({"solver": FixedSolver(2)}, ["tolerance", 0.001, "t_min"]),
+        ({"solver": AdaptiveSolver(10.0, 10.0)}, ["tolerance", 0.001, "t_min"]),
+        ({"solver": AdaptiveSolver(max_steps=2)}, ["rtol", "atol", "t_min"]),
+        ({"t_min": 0.0}, ["t_min", 0.0]),
+        ({"t_max": 1.5}, ["t_max", 1.5]),
+        ({"x": X * math.nan}, ["x", "(8, 1, 1, 2)"]),
+        ({"x": X[:0]}, ["x", "(0, 1, 1, 2)"]),
+        (
+            {"denoiser": Denoiser(SineNetwork(), Linear(), NoisePrediction())},
+            [repr(NoisePrediction()), repr(Linear()), "t = 1"],
+        ),
     ],
+    ids=["few-steps", "loose", "most", "t_min", "t_max", "nan", "no-samples", "singular"],
 )
-def test_bad_input_is_refused(change, said):
-    with pytest.raises(ValueError, match=said):
-        log_prob(**{"denoiser": modes(VariancePreserving()), "x": X, **change})
+def test_bad_input_is_refused(change, named):
+    arguments = {"denoiser": two_modes(VariancePreserving()), "x": X, **change}
+    with refused(*named):
+        log_prob(**arguments)
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "named"),
     [
-        (lambda: Fixed(0), "steps is 0"),
-        (lambda: Fixed(7), "must be even"),
-        (lambda: Adaptive(0.0), "must be positive"),
-        (lambda: Hutchinson(torch.Generator(), 0), "count is 0"),
-        (lambda: bits_per_dim(torch.zeros(1), (1, 2, 2), (1.0, 1.0)), "must rise"),
-        (lambda: dequantise(torch.zeros(3), torch.Generator()), "must be torch.uint8"),
+        (lambda: FixedSolver(0), [FixedSolver.__name__, "steps", 0]),
+        (lambda: FixedSolver(7), [FixedSolver.__name__, "steps", 7]),
+        (lambda: AdaptiveSolver(0.0), [AdaptiveSolver.__name__, "rtol", 0.0]),
+        (lambda: Hutchinson(torch.Generator(), 0), ["Hutchinson", "count", 0]),
+        (lambda: bits_per_dim(torch.zeros(1), (1, 2, 2), (1.0, 1.0)), ["range", "(1.0, 1.0)"]),
+        (lambda: dequantise(torch.zeros(3), torch.Generator()), ["float32", "torch.uint8"]),
     ],
+    ids=["no-steps", "odd-steps", "tolerance", "count", "range", "dtype"],
 )
-def test_impossible_settings_are_refused(make, said):
-    with pytest.raises(ValueError, match=said):
+def test_impossible_settings_are_refused(make, named):
+    with refused(*named):
         make()
 
 
-@pytest.mark.parametrize(("range", "offset"), [((0.0, 1.0), 8.0), ((-1.0, 1.0), 7.0)])
-def test_bits_per_dimension(range, offset):
-    """-log p / (D ln 2) + 8 for data in [0, 1], + 7 for [-1, 1]; uniform bytes cost 8 bits either way."""
-    log_p, shape = torch.tensor([-30.0, 5.0]), (3, 4, 4)
-    torch.testing.assert_close(bits_per_dim(log_p, shape, range), -log_p / (48 * math.log(2)) + offset)
-    uniform = torch.tensor([-48 * math.log(range[1] - range[0])])
-    torch.testing.assert_close(bits_per_dim(uniform, shape, range), torch.tensor([8.0]))
+every_range = pytest.mark.parametrize(
+    ("range", "offset"), [((0.0, 1.0), 8.0), ((-1.0, 1.0), 7.0)], ids=["0-1", "-1-1"]
+)
+
+
+@every_range
+def test_bits_per_dimension_are_the_textbook_ones(range, offset):
+    """-log p / (D ln 2) + 8 for data in [0, 1], + 7 for data in [-1, 1]."""
+    log_p = torch.tensor([-30.0, 5.0])
+    expected = -log_p / (48 * math.log(2)) + offset
+    torch.testing.assert_close(bits_per_dim(log_p, (3, 4, 4), range), expected)
+
+
+@every_range
+def test_uniform_bytes_cost_eight_bits(range, offset):
+    low, high = range
+    log_p = torch.tensor([-48 * math.log(high - low)])
+    torch.testing.assert_close(bits_per_dim(log_p, (3, 4, 4), range), torch.tensor([8.0]))
 
 
 def test_dequantised_bytes_fill_their_bins():
     pixels = torch.arange(256, dtype=torch.uint8).repeat(40)
     x = dequantise(pixels, torch.Generator().manual_seed(0))
-    place = (x.double() + 1) * 128
-    assert torch.equal(place.floor().clamp(max=255).to(torch.uint8), pixels)
-    assert (place - pixels).mean().item() == pytest.approx(0.5, abs=0.02) and (place - pixels).max() > 0.99
+    levels = (x.double() + 1) * 128
+    assert torch.equal(levels.floor().clamp(max=255).to(torch.uint8), pixels)
+    within_bin = levels - pixels
+    assert within_bin.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert within_bin.max() > 0.99

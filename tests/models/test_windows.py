@@ -1,114 +1,205 @@
 """Windows of time: states that are straight in each, and the noise of each."""
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import pytest
 import torch
+from torch import Tensor
 
+from models.description import build, describe
 from models.interpolant import Linear, VariancePreserving
-from models.prediction import Noise, Velocity
-from models.sampler import DDIM, edges, through
-from models.teacher import build, describe
+from models.prediction import NoisePrediction, Velocity
+from models.sampler import DDIM, window_edges, window_grid
 from models.windows import Piecewise, WindowNoise, window
-from tests.forms import INTERPOLANTS, every_interpolant
+from tests.examples import INTERPOLANTS, every_interpolant
+from tests.helpers.refusals import refused
 
-EDGES = [1.0, 0.7, 0.45, 0.2, 0.0]
+WINDOW_EDGES = [1.0, 0.7, 0.45, 0.2, 0.0]
+every_window = pytest.mark.parametrize(("start", "end"), list(pairwise(WINDOW_EDGES)))
 
 
-def chord(interpolant, s, e):
-    """Return the states of data and noise at both ends of a window, and at a time inside, in float64."""
+class Chord(NamedTuple):
+    """Data, noise and the states at both ends s and e of a window; t lies inside it."""
+
+    x: Tensor
+    eps: Tensor
+    s: Tensor
+    e: Tensor
+    t: Tensor
+    x_s: Tensor
+    x_e: Tensor
+
+
+def chord(interpolant, start, end) -> Chord:
+    """Return a chord between two times, in float64."""
     x, eps = torch.randn(2, 5, 2, 3, 3, dtype=torch.float64)
-    s, e = (torch.full((5,), end, dtype=torch.float64) for end in (s, e))
+    s = torch.full((5,), start, dtype=torch.float64)
+    e = torch.full((5,), end, dtype=torch.float64)
     t = e + (s - e) * torch.linspace(0.1, 1, 5, dtype=torch.float64)
-    return x, eps, s, e, t, interpolant.mix(x, eps, s), interpolant.mix(x, eps, e)
+    return Chord(x, eps, s, e, t, interpolant.mix(x, eps, s), interpolant.mix(x, eps, e))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_an_edge_belongs_to_the_window_below_it_however_it_was_rounded(dtype):
-    for count in (3, 4, 7):
-        for i in range(count):
-            t = torch.tensor([1 - i / count, (count - i) / count], dtype=dtype)
-            s, e = window(t, edges(count))
-            assert (s - t).abs().max() < 1e-6 and (e - (1 - (i + 1) / count)).abs().max() < 1e-6
+@pytest.mark.parametrize("count", [3, 4, 7])
+def test_an_edge_belongs_to_the_window_below_it_however_it_is_rounded(count, dtype):
+    for i in range(count):
+        t = torch.tensor([1 - i / count, (count - i) / count], dtype=dtype)
+        s, e = window(t, window_edges(count))
+        assert (s - t).abs().max() < 1e-6
+        assert (e - (1 - (i + 1) / count)).abs().max() < 1e-6
 
 
 @every_interpolant
-def test_states_are_straight_between_the_edges_and_the_interpolants_own_on_them(interpolant):
-    straight, ends = Piecewise(interpolant, EDGES), torch.tensor(EDGES, dtype=torch.float64)
-    torch.testing.assert_close(torch.stack(straight(ends)), torch.stack(interpolant(ends)), rtol=0, atol=0)
-    for s, e in zip(EDGES[:-1], EDGES[1:]):
-        x, eps, s, e, t, x_s, x_e = chord(interpolant, s, e)
-        part = ((s - t) / (s - e)).view(-1, 1, 1, 1)
-        torch.testing.assert_close(straight.mix(x, eps, t), x_s + part * (x_e - x_s), rtol=1e-9, atol=1e-9)
-    alpha, sigma = straight(torch.linspace(0.001, 0.999, 999, dtype=torch.float64))
+def test_on_the_edges_the_interpolant_is_unchanged(interpolant):
+    piecewise = Piecewise(interpolant, WINDOW_EDGES)
+    times = torch.tensor(WINDOW_EDGES, dtype=torch.float64)
+    found = torch.stack(piecewise(times))
+    torch.testing.assert_close(found, torch.stack(interpolant(times)), rtol=0, atol=0)
+
+
+@every_interpolant
+@every_window
+def test_between_the_edges_states_are_straight(interpolant, start, end):
+    piecewise = Piecewise(interpolant, WINDOW_EDGES)
+    x, eps, s, e, t, x_s, x_e = chord(interpolant, start, end)
+    part = ((s - t) / (s - e)).view(-1, 1, 1, 1)
+    expected = x_s + part * (x_e - x_s)
+    torch.testing.assert_close(piecewise.mix(x, eps, t), expected, rtol=1e-9, atol=1e-9)
+
+
+@every_interpolant
+def test_signal_to_noise_falls(interpolant):
+    piecewise = Piecewise(interpolant, WINDOW_EDGES)
+    alpha, sigma = piecewise(torch.linspace(0.001, 0.999, 999, dtype=torch.float64))
     assert (torch.diff(torch.log(alpha / sigma)) < 0).all()
-    t = torch.linspace(0.003, 0.997, 50, dtype=torch.float64)
-    torch.testing.assert_close(straight.time(*straight(t)), t, rtol=0, atol=1e-12)
 
 
 @every_interpolant
-def test_rows_in_a_window_are_the_papers_targets(interpolant):
-    """Velocity (x_s - x_e) / (s - e); and z_e = l z_s + h eps, solved for eps, with the l and h of PeRFlow's scheduler."""
-    straight = Piecewise(interpolant, EDGES)
-    for s, e in zip(EDGES[:-1], EDGES[1:]):
-        x, eps, s, e, t, x_s, x_e = chord(interpolant, s, e)
-        secant = (x_s - x_e) / (s - e).view(-1, 1, 1, 1)
-        torch.testing.assert_close(Velocity().target(straight, x, eps, t), secant, rtol=1e-8, atol=1e-8)
-        (alpha_s, sigma_s), (alpha_e, sigma_e) = ([v.view(-1, 1, 1, 1) for v in interpolant(end)] for end in (s, e))
-        if alpha_s.min() < 1e-3:
-            continue  # there l is infinite
-        ratio = alpha_e / alpha_s
-        for row, h in (
-            (Noise(), sigma_e - ratio * sigma_s),
-            (WindowNoise(EDGES), -(((ratio * sigma_s) ** 2 - sigma_e**2).sqrt())),  # on VP -sqrt(1 - g^2) / g, g = 1 / ratio
-        ):
-            torch.testing.assert_close(row.target(straight, x, eps, t), (x_e - ratio * x_s) / h, rtol=1e-6, atol=1e-6)
+def test_time_is_found_from_alpha_and_sigma(interpolant):
+    piecewise = Piecewise(interpolant, WINDOW_EDGES)
+    t = torch.linspace(0.003, 0.997, 50, dtype=torch.float64)
+    alpha, sigma = piecewise(t)
+    torch.testing.assert_close(piecewise.time_of_snr(alpha, sigma), t, rtol=0, atol=1e-12)
 
 
-def test_diff_eps_on_a_variance_preserving_window_is_the_published_factor():
-    s, e = torch.tensor(0.7, dtype=torch.float64), torch.tensor(0.45, dtype=torch.float64)
-    g = (VariancePreserving()(s)[0] / VariancePreserving()(e)[0]).item()
+@every_interpolant
+@every_window
+def test_velocity_in_a_window_is_the_slope_of_the_chord(interpolant, start, end):
+    """(x_s - x_e) / (s - e)."""
+    piecewise = Piecewise(interpolant, WINDOW_EDGES)
+    x, eps, s, e, t, x_s, x_e = chord(interpolant, start, end)
+    slope = (x_s - x_e) / (s - e).view(-1, 1, 1, 1)
+    found = Velocity().target(piecewise, x, eps, t)
+    torch.testing.assert_close(found, slope, rtol=1e-8, atol=1e-8)
+
+
+@every_interpolant
+@every_window
+def test_noise_in_a_window_is_the_published_target(interpolant, start, end):
+    """z_e = l z_s + h eps, solved for eps, with the l and h of PeRFlow's scheduler."""
+    piecewise = Piecewise(interpolant, WINDOW_EDGES)
+    x, eps, s, e, t, x_s, x_e = chord(interpolant, start, end)
+    alpha_s, sigma_s = (value.view(-1, 1, 1, 1) for value in interpolant(s))
+    alpha_e, sigma_e = (value.view(-1, 1, 1, 1) for value in interpolant(e))
+    if alpha_s.min() < 1e-3:
+        return  # l is infinite
+    ratio = alpha_e / alpha_s
+    # The plain noise, and that of the window: on VP h = -sqrt(1 - g^2) / g, g = 1 / ratio.
+    plain_h = sigma_e - ratio * sigma_s
+    window_h = -(((ratio * sigma_s) ** 2 - sigma_e**2).sqrt())
+    for prediction, h in ((NoisePrediction(), plain_h), (WindowNoise(WINDOW_EDGES), window_h)):
+        found = prediction.target(piecewise, x, eps, t)
+        expected = (x_e - ratio * x_s) / h
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_window_noise_on_variance_preserving_has_the_published_factor():
+    """PeRFlow's diff_eps."""
+    interpolant = VariancePreserving()
+    s = torch.tensor(0.7, dtype=torch.float64)
+    e = torch.tensor(0.45, dtype=torch.float64)
     x, eps = torch.randn(2, 3, 1, 2, 2, dtype=torch.float64)
-    x_s, x_e = (VariancePreserving().mix(x, eps, end) for end in (s, e))
+    x_s = interpolant.mix(x, eps, s)
+    x_e = interpolant.mix(x, eps, e)
+    g = (interpolant(s)[0] / interpolant(e)[0]).item()
     published = (x_e - x_s / g) / (-((1 - g**2) ** 0.5) / g)
-    torch.testing.assert_close(WindowNoise(EDGES).target(VariancePreserving(), x, eps, s), published)
-
-
-def test_they_are_described_and_built_again():
-    for thing in (Piecewise(VariancePreserving(), EDGES), Piecewise(Linear()), WindowNoise(3), WindowNoise(EDGES)):
-        assert repr(build(describe(thing))) == repr(thing)
-
-
-@pytest.mark.parametrize("steps", [4, 5, 7, 8, 30])
-def test_every_edge_is_stepped_on(steps):
-    times = through(steps, EDGES)
-    assert DDIM(steps, times).times == times and set(EDGES) <= set(times)
-    counts = [sum(e <= t < s for t in times) for s, e in zip(EDGES[:-1], EDGES[1:])]
-    assert max(counts) - min(counts) <= 1
-    assert through(steps, 1) == pytest.approx(edges(steps)) and through(4, EDGES) == EDGES
+    found = WindowNoise(WINDOW_EDGES).target(interpolant, x, eps, s)
+    torch.testing.assert_close(found, published)
 
 
 @pytest.mark.parametrize(
-    ("windows", "said"),
+    "example",
     [
-        (0, "windows is 0"),
-        ([1.0, 0.5], "must cover"),
-        ([0.9, 0.5, 0.0], "must cover"),
-        ([1.0, 0.5, 0.5, 0.0], "must cover"),
-        ([0.0, 0.5, 1.0], "must cover"),
-        ([1.0], "must cover"),
-        ([1.0, float("nan"), 0.0], "must cover"),
+        Piecewise(VariancePreserving(), WINDOW_EDGES),
+        Piecewise(Linear()),
+        WindowNoise(3),
+        WindowNoise(WINDOW_EDGES),
     ],
+    ids=repr,
 )
-def test_windows_that_do_not_cover_all_times_are_refused(windows, said):
-    for make in (edges, WindowNoise, lambda windows: Piecewise(Linear(), windows), lambda windows: through(9, windows)):
-        with pytest.raises(ValueError, match=said) as refused:
-            make(windows)
-        assert "\n" not in str(refused.value)
+def test_windows_are_rebuilt_from_their_description(example):
+    assert repr(build(describe(example))) == repr(example)
+
+
+every_count = pytest.mark.parametrize("steps", [4, 5, 7, 8, 30])
+
+
+@every_count
+def test_a_grid_contains_every_edge(steps):
+    times = window_grid(steps, WINDOW_EDGES)
+    assert DDIM(steps, times).times == times
+    assert set(WINDOW_EDGES) <= set(times)
+
+
+@every_count
+def test_windows_have_nearly_equal_numbers_of_steps(steps):
+    times = window_grid(steps, WINDOW_EDGES)
+    counts = [sum(end <= t < start for t in times) for start, end in pairwise(WINDOW_EDGES)]
+    assert max(counts) - min(counts) <= 1
+
+
+@every_count
+def test_a_grid_through_one_window_is_uniform(steps):
+    assert window_grid(steps, 1) == pytest.approx(window_edges(steps))
+
+
+def test_a_grid_of_one_step_per_window_is_the_edges():
+    assert window_grid(4, WINDOW_EDGES) == WINDOW_EDGES
+
+
+@pytest.mark.parametrize(
+    ("windows", "named"),
+    [
+        (0, ["windows", 0]),
+        ([1.0, 0.5], ["windows", [1.0, 0.5], "[0, 1]"]),
+        ([0.9, 0.5, 0.0], ["windows", [0.9, 0.5, 0.0], "[0, 1]"]),
+        ([1.0, 0.5, 0.5, 0.0], ["windows", [1.0, 0.5, 0.5, 0.0], "[0, 1]"]),
+        ([0.0, 0.5, 1.0], ["windows", [0.0, 0.5, 1.0], "[0, 1]"]),
+        ([1.0], ["windows", [1.0], "[0, 1]"]),
+        ([1.0, float("nan"), 0.0], ["windows", "[1.0, nan, 0.0]", "[0, 1]"]),
+    ],
+    ids=["zero", "no-last", "no-first", "flat", "rising", "one-edge", "nan"],
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        window_edges,
+        WindowNoise,
+        lambda windows: Piecewise(Linear(), windows),
+        lambda windows: window_grid(9, windows),
+    ],
+    ids=["edges", "window-noise", "piecewise", "grid"],
+)
+def test_windows_that_do_not_cover_all_times_are_refused(make, windows, named):
+    with refused(*named):
+        make(windows)
 
 
 def test_fewer_steps_than_windows_are_refused():
-    with pytest.raises(ValueError, match="steps is 3, fewer than the 4 windows"):
-        through(3, EDGES)
+    with refused("steps", 3, "windows", WINDOW_EDGES):
+        window_grid(3, WINDOW_EDGES)
 
 
-def test_all_interpolants_are_there():
-    assert any(isinstance(form, Piecewise) for form in INTERPOLANTS)
+def test_examples_of_interpolants_include_windows():
+    assert any(isinstance(example, Piecewise) for example in INTERPOLANTS)

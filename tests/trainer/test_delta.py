@@ -1,117 +1,150 @@
-"""A student as its difference from its base."""
+"""Weight deltas: a student as the difference of its weights from its base's."""
 
 import json
 
 import pytest
 import torch
 
-from models import teacher
+from deploy.delta import delta, difference
+from models.checkpoint import FORMAT, fingerprint, load_checkpoint
 from models.condition import Unconditional
 from models.denoiser import Denoiser
+from models.description import describe
 from models.interpolant import Linear, Trigonometric
 from models.nets.dit import DiT
 from models.prediction import Velocity
-from models.tensors import packed, unpacked
-from trainer.delta import delta, difference
-from trainer.module import inherit
+from models.tensors import read_safetensors, to_safetensors
+from tests.helpers.refusals import refused
+from trainer.module import inherit_weights
 
 
 def denoiser(seed, interpolant=None, **net):
-    """Return a small denoiser, all of whose weights matter."""
+    """Return a small denoiser with random weights everywhere, also where DiT starts with zeros."""
     torch.manual_seed(seed)
-    net = DiT(**{"size": 4, "channels": 1, "patch": 2, "width": 8, "depth": 1, "heads": 2, **net})
+    small = {"size": 4, "channels": 1, "patch": 2, "width": 8, "depth": 1, "heads": 2}
+    net = DiT(**{**small, **net})
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return Denoiser(net, interpolant or Linear(), Velocity())
 
 
-def kept(path, model):
-    """Write a denoiser as a checkpoint."""
-    spec = {"format": teacher.FORMAT, "codec": None, "denoiser": teacher.describe(model)}
-    spec["condition"] = teacher.describe(Unconditional())
-    path.write_bytes(packed(model.state_dict(), {"rectify": json.dumps(spec)}))
+def saved(path, model):
+    """Write a denoiser as a checkpoint and return its path."""
+    spec = {"format": FORMAT, "codec": None, "denoiser": describe(model)}
+    spec["condition"] = describe(Unconditional())
+    path.write_bytes(to_safetensors(model.state_dict(), {"rectify": json.dumps(spec)}))
     return path
 
 
-def moved(model, by, seed=9):
-    """Return a denoiser whose weights are those of another one, moved at random."""
-    other, generator = denoiser(seed), torch.Generator().manual_seed(seed)
+def perturbed(model, by, seed=9):
+    """Return a copy of a denoiser, each weight multiplied by a random factor in 1 +- by / 2."""
+    other = denoiser(seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for ours, theirs in zip(other.parameters(), model.parameters()):
-            ours.copy_(theirs * (1 + by * (torch.rand(theirs.shape, generator=generator) - 0.5)))
+        for copied, weight in zip(other.parameters(), model.parameters()):
+            copied.copy_(weight * (1 + by * (torch.rand(weight.shape, generator=generator) - 0.5)))
     return other
 
 
 @pytest.fixture
 def base(tmp_path):
-    return kept(tmp_path / "base.safetensors", denoiser(0))
+    return saved(tmp_path / "base.safetensors", denoiser(0))
 
 
-def there_and_back(tmp_path, base, student):
-    run = kept(tmp_path / "student.safetensors", student)
+def assert_round_trip(tmp_path, base, student):
+    """Make a delta, apply it to the base, check that the student comes back; return the tensors."""
+    run = saved(tmp_path / "student.safetensors", student)
     delta(base, tmp_path / "delta.safetensors", run=run)
     delta(base, tmp_path / "again.safetensors", apply=tmp_path / "delta.safetensors")
-    again = teacher.load(tmp_path / "again.safetensors")[0]
-    assert teacher.fingerprint(again) == teacher.fingerprint(student)
-    return unpacked(tmp_path / "delta.safetensors")[0]
+    again = load_checkpoint(tmp_path / "again.safetensors")[0]
+    assert fingerprint(again) == fingerprint(student)
+    return read_safetensors(tmp_path / "delta.safetensors")[0]
 
 
-def test_a_student_comes_back_bit_for_bit(tmp_path, base):
-    near = there_and_back(tmp_path, base, moved(denoiser(0), 0.5))
-    assert not any(name.startswith("at/") for name in near)  # Sterbenz: nothing is lost within a factor of two
-    far = there_and_back(tmp_path, base, denoiser(1))
-    assert any(name.startswith("at/") for name in far)
+def test_a_student_near_its_base_comes_back_bit_for_bit_without_corrections(tmp_path, base):
+    """Sterbenz' lemma: the difference of weights within a factor of two of each other is exact."""
+    tensors = assert_round_trip(tmp_path, base, perturbed(denoiser(0), 0.5))
+    assert not any(name.startswith("at/") for name in tensors)
 
 
-def test_a_student_that_reads_more_than_its_base_comes_back(tmp_path, base):
-    student = denoiser(1, jumps=True)
-    inherit(student, denoiser(0))
-    there_and_back(tmp_path, base, student)
+def test_a_student_far_from_its_base_comes_back_bit_for_bit(tmp_path, base):
+    tensors = assert_round_trip(tmp_path, base, denoiser(1))
+    assert any(name.startswith("at/") for name in tensors)
 
 
-def test_what_a_sum_rounds_away_is_kept():
-    value, start = torch.tensor([1e-9, -0.0, 3.0, float.fromhex("0x1.000002p0")]), torch.tensor([1.0, 0.0, 2.0, -1e4])
+def test_a_student_with_more_inputs_than_its_base_comes_back(tmp_path, base):
+    student = denoiser(1, two_time=True)
+    inherit_weights(student, denoiser(0))
+    assert_round_trip(tmp_path, base, student)
+
+
+def test_values_that_a_sum_rounds_away_are_stored():
+    value = torch.tensor([1e-9, -0.0, 3.0, float.fromhex("0x1.000002p0")])
+    start = torch.tensor([1.0, 0.0, 2.0, -1e4])
     step, at, exact = difference(value, start)
-    assert {0, 1} <= set(at.tolist()) and 2 not in at.tolist()
+    assert {0, 1} <= set(at.tolist())
+    assert 2 not in at.tolist()
     again = start + step
     again[at] = exact
-    assert torch.equal(again, value) and torch.equal(again.signbit(), value.signbit())
+    assert torch.equal(again, value)
+    assert torch.equal(again.signbit(), value.signbit())
 
 
 def test_a_fine_tune_of_the_base_gets_the_same_difference(tmp_path, base):
-    first, student, tuned = denoiser(0), moved(denoiser(0), 0.1), moved(denoiser(0), 0.05, seed=5)
-    delta(base, tmp_path / "delta.safetensors", run=kept(tmp_path / "student.safetensors", student))
-    other = kept(tmp_path / "tuned.safetensors", tuned)
+    first = denoiser(0)
+    student = perturbed(denoiser(0), 0.1)
+    tuned = perturbed(denoiser(0), 0.05, seed=5)
+    run = saved(tmp_path / "student.safetensors", student)
+    delta(base, tmp_path / "delta.safetensors", run=run)
+    other = saved(tmp_path / "tuned.safetensors", tuned)
     delta(other, tmp_path / "rectified.safetensors", apply=tmp_path / "delta.safetensors")
-    found = teacher.load(tmp_path / "rectified.safetensors")[0].state_dict()
+    found = load_checkpoint(tmp_path / "rectified.safetensors")[0].state_dict()
     for name, value in student.state_dict().items():
         wanted = tuned.state_dict()[name] + (value - first.state_dict()[name])
         torch.testing.assert_close(found[name], wanted, rtol=0, atol=0)
 
 
-def test_what_is_no_fine_tune_is_refused(tmp_path, base):
-    run = kept(tmp_path / "student.safetensors", moved(denoiser(0), 0.1))
+@pytest.mark.parametrize(
+    ("part", "interpolant", "net"),
+    [("interpolant", Trigonometric(), {}), ("net", None, {"width": 16})],
+    ids=["interpolant", "net"],
+)
+def test_applying_to_a_model_that_is_no_fine_tune_is_refused(
+    tmp_path, base, part, interpolant, net
+):
     made = tmp_path / "delta.safetensors"
-    delta(base, made, run=run)
-    others = {"interpolant": denoiser(0, Trigonometric()), "net": denoiser(0, width=16)}
-    for part, model in others.items():
-        other = kept(tmp_path / "other.safetensors", model)
-        with pytest.raises(ValueError, match=f"other.safetensors: its {part} is .* give that or a fine-tune of it"):
-            delta(other, tmp_path / "out.safetensors", apply=made)
-    with pytest.raises(ValueError, match="it is no student of it"):
-        delta(kept(tmp_path / "other.safetensors", denoiser(0, width=16)), tmp_path / "out.safetensors", run=run)
-    with pytest.raises(ValueError, match="it is no student of it"):
-        delta(kept(tmp_path / "other.safetensors", denoiser(0, depth=2)), tmp_path / "out.safetensors", run=run)
+    delta(base, made, run=saved(tmp_path / "student.safetensors", perturbed(denoiser(0), 0.1)))
+    other = saved(tmp_path / "other.safetensors", denoiser(0, interpolant, **net))
+    with refused("other.safetensors", part, "fine-tune"):
+        delta(other, tmp_path / "out.safetensors", apply=made)
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_what_is_no_delta_is_refused(tmp_path, base):
-    with pytest.raises(ValueError, match="base.safetensors: not a delta"):
+@pytest.mark.parametrize("net", [{"width": 16}, {"depth": 2}], ids=["width", "depth"])
+def test_a_student_of_another_base_is_refused(tmp_path, net):
+    run = saved(tmp_path / "student.safetensors", perturbed(denoiser(0), 0.1))
+    other = saved(tmp_path / "other.safetensors", denoiser(0, **net))
+    with refused(run, "base"):
+        delta(other, tmp_path / "out.safetensors", run=run)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_applying_a_file_that_is_no_delta_is_refused(tmp_path, base):
+    with refused("base.safetensors", "delta", "rectify delta"):
         delta(base, tmp_path / "out.safetensors", apply=base)
-    for both in ({}, {"run": base, "apply": base}):
-        with pytest.raises(ValueError, match="give either --run"):
-            delta(base, tmp_path / "out.safetensors", **both)
-    with pytest.raises(ValueError, match="is what is read"):
-        delta(base, base, run=base)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors: no such delta"):
+
+
+def test_applying_a_missing_delta_is_refused(tmp_path, base):
+    with refused("nowhere.safetensors", "rectify delta", kind=FileNotFoundError):
         delta(base, tmp_path / "out.safetensors", apply=tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.parametrize("given", [(), ("run", "apply")], ids=["neither", "both"])
+def test_exactly_one_of_run_and_apply_must_be_given(tmp_path, base, given):
+    with refused("--run", "--apply"):
+        delta(base, tmp_path / "out.safetensors", **dict.fromkeys(given, base))
+
+
+def test_overwriting_an_input_is_refused(base):
+    with refused(base, "--out"):
+        delta(base, base, run=base)

@@ -1,4 +1,4 @@
-"""A leaner loop changes nothing but the time that a step takes."""
+"""The faster training loop changes nothing but the time of a step."""
 
 import inspect
 
@@ -8,31 +8,34 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer import call
 from torch.utils.data import DataLoader
 
-from trainer.lean import HEARD, OWN, lean
+from trainer.engine.fast_loop import MODULE_HOOKS, STEP_HOOKS, fast_loop
 
-HOOKS = sorted(name for name, _ in inspect.getmembers(Callback, inspect.isfunction) if name.startswith("on_"))
+FUNCTIONS = inspect.getmembers(Callback, inspect.isfunction)
+HOOKS = sorted(name for name, _ in FUNCTIONS if name.startswith("on_"))
 
 
-class Told(Callback):
-    """Notes every hook that it hears."""
+class HookRecorder(Callback):
+    """Records every call of a hook."""
 
     def __init__(self):
-        self.said = []
+        self.calls = []
 
 
-def hook(name):
-    def note(self, trainer, module, *arguments):
-        self.said.append((name, trainer.global_step, len(arguments)))
+def recording_hook(name):
+    def record(self, trainer, module, *arguments):
+        self.calls.append((name, trainer.global_step, len(arguments)))
 
-    return note
+    return record
 
 
 for name in HOOKS:
-    setattr(Told, name, hook(name))
+    setattr(HookRecorder, name, recording_hook(name))
 
 
-class Plain(LightningModule):
-    """One weight, and a hook of its own that logs."""
+class Model(LightningModule):
+    """One weight; a hook of the module logs."""
+
+    interval = "step"
 
     def __init__(self):
         super().__init__()
@@ -48,56 +51,66 @@ class Plain(LightningModule):
     def on_train_batch_end(self, *_):
         self.log("sum", self.weight.sum())
 
-    interval = "step"
-
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), 0.1)
+        if self.interval == "none":
+            return optimizer
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": self.interval}}
+        lr_scheduler = {"scheduler": schedule, "interval": self.interval}
+        return {"optimizer": optimizer, "lr_scheduler": lr_scheduler}
 
 
-class Logs(Callback):
-    """A callback that logs, as a user's may."""
+class LoggingCallback(Callback):
+    """A callback of the user's that logs."""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, number):
-        module.log("loss", outputs["loss"], on_step=True, on_epoch=True, batch_size=len(batch))
+        loss = outputs["loss"]
+        module.log("loss", loss, on_step=True, on_epoch=True, batch_size=len(batch))
 
     def on_before_backward(self, trainer, module, loss):
         module.log("before", loss.detach())
 
 
-def trained(tmp_path, leanly, **options):
-    """Return what four steps left behind: weights, logged values, hooks heard, and all that Lightning counts."""
-    module, told = Plain(), Told()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+def train_four_steps(folder, fast, interval, **options):
+    """Train four steps and return the results that must not depend on the loop.
+
+    Returns weights, logged values, calls of hooks, and all progress that Lightning counts.
+    """
+    module = Model()
+    module.interval = interval
+    recorder = HookRecorder()
     trainer = Trainer(
         max_steps=4,
         gradient_clip_val=0.5,
-        callbacks=[told, Logs()],
-        default_root_dir=tmp_path,
+        callbacks=[recorder, LoggingCallback()],
+        default_root_dir=folder,
         accelerator="cpu",
-        **quiet,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
         **options,
     )
     batches = DataLoader(torch.arange(48.0).view(16, 3), batch_size=2)
     before = call._call_callback_hooks
-    if leanly:
-        with lean(trainer):
-            assert (call._call_callback_hooks is before) == ("profiler" in options)
+    if fast:
+        with fast_loop(trainer):
+            replaced = call._call_callback_hooks is not before
+            assert replaced == ("profiler" not in options)
             trainer.fit(module, batches, batches)
     else:
         trainer.fit(module, batches, batches)
     assert call._call_callback_hooks is before
-    return (
-        module.weight.tolist(),
-        {name: value.item() for name, value in trainer.callback_metrics.items()},
-        told.said,
-        trainer.fit_loop.state_dict(),
-    )
+    return {
+        "weights": module.weight.tolist(),
+        "logged": {name: value.item() for name, value in trainer.callback_metrics.items()},
+        "calls": recorder.calls,
+        "progress": trainer.fit_loop.state_dict(),
+    }
 
 
 OPTIONS: list[dict] = [
-    {"num_sanity_val_steps": 0},  # a step in each batch: ours throughout
+    {"num_sanity_val_steps": 0},  # one step for each batch: the fast loop makes every step
     {"accumulate_grad_batches": 2},
     {"accumulate_grad_batches": 2, "profiler": "simple"},
     {"check_val_every_n_epoch": None, "val_check_interval": 3},
@@ -106,25 +119,32 @@ OPTIONS: list[dict] = [
 ]
 
 
-@pytest.mark.parametrize("schedule", ["step", "epoch", "none"])
+@pytest.mark.parametrize("interval", ["step", "epoch", "none"])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
-def test_weights_logged_values_hooks_and_counts_are_the_same(tmp_path, monkeypatch, options, schedule):
-    """Of this version of Lightning: all hooks are heard, in the same order, at the same steps."""
-    monkeypatch.setattr(Plain, "interval", schedule)
-    if schedule == "none":
-        monkeypatch.setattr(Plain, "configure_optimizers", lambda self: torch.optim.AdamW(self.parameters(), 0.1))
-    plain, quick = trained(tmp_path, False, **options), trained(tmp_path, True, **options)
-    assert quick == plain
-    assert {name for name, *_ in plain[2]} >= set(HEARD)
+def test_weights_logged_values_hooks_and_counts_are_the_same(tmp_path, options, interval):
+    """All hooks of this version of Lightning are called, in the same order, at the same steps."""
+    plain = train_four_steps(tmp_path, False, interval, **options)
+    fast = train_four_steps(tmp_path, True, interval, **options)
+    assert fast == plain
+    assert {name for name, *_ in plain["calls"]} >= set(STEP_HOOKS)
 
 
-def test_the_wrappers_are_what_this_version_of_lightning_has():
-    """A new one must be looked at: names and arguments of what is stood in for."""
-    given = [list(inspect.signature(getattr(call, f"_call_{kind}")).parameters) for kind in ("callback_hooks", "strategy_hook")]
-    assert given == [
-        ["trainer", "hook_name", "args", "monitoring_callbacks", "kwargs"],
-        ["trainer", "hook_name", "args", "kwargs"],
-    ]
-    module = list(inspect.signature(call._call_lightning_module_hook).parameters)
-    assert module == ["trainer", "hook_name", "args", "pl_module", "kwargs"]
-    assert all(hasattr(LightningModule, name) for name in HEARD + OWN) and all(hasattr(Callback, name) for name in HEARD)
+@pytest.mark.parametrize(
+    ("wrapper", "parameters"),
+    [
+        (
+            "_call_callback_hooks",
+            ["trainer", "hook_name", "args", "monitoring_callbacks", "kwargs"],
+        ),
+        ("_call_strategy_hook", ["trainer", "hook_name", "args", "kwargs"]),
+        ("_call_lightning_module_hook", ["trainer", "hook_name", "args", "pl_module", "kwargs"]),
+    ],
+)
+def test_the_replaced_functions_of_lightning_have_the_expected_parameters(wrapper, parameters):
+    """If a new version of Lightning changes them, the faster loop must be revised."""
+    assert list(inspect.signature(getattr(call, wrapper)).parameters) == parameters
+
+
+def test_the_replaced_hooks_exist_in_lightning():
+    assert all(hasattr(LightningModule, name) for name in STEP_HOOKS + MODULE_HOOKS)
+    assert all(hasattr(Callback, name) for name in STEP_HOOKS)

@@ -1,4 +1,4 @@
-"""LPIPS against a computation by hand, with random weights of the public layout."""
+"""LPIPS against a direct computation, with random weights under the public names."""
 
 from types import SimpleNamespace
 
@@ -7,65 +7,86 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from trainer.lpips import LPIPS, Perceptual, alex, vgg
+from tests.helpers.refusals import refused
+from trainer.objectives.parts.lpips import LPIPS, Perceptual, alex, vgg
 
-PLACES = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}  # AlexNet's convolutions
+# AlexNet's convolutions: index in the trunk -> (output channels, input channels, kernel).
+CONVOLUTIONS = {
+    0: (64, 3, 11),
+    3: (192, 64, 5),
+    6: (384, 192, 3),
+    8: (256, 384, 3),
+    10: (256, 256, 3),
+}
+SHIFT = torch.tensor([-0.030, -0.088, -0.188], dtype=torch.float64).view(3, 1, 1)
+SCALE = torch.tensor([0.458, 0.448, 0.450], dtype=torch.float64).view(3, 1, 1)
 
 
 @pytest.fixture(scope="module")
 def tensors():
-    """Random weights under the names of lpips.LPIPS(net="alex"), with what else is in its state."""
+    """Random weights under the names of `lpips.LPIPS(net="alex")`, and one more of its entries."""
     generator = torch.Generator().manual_seed(0)
     found = {"scaling_layer.shift": torch.zeros(1, 3, 1, 1)}
-    for slice_, (place, (out, channels, kernel)) in enumerate(PLACES.items(), 1):
+    for slice_, (index, (out, channels, kernel)) in enumerate(CONVOLUTIONS.items(), 1):
         size = (out, channels, kernel, kernel)
-        found[f"net.slice{slice_}.{place}.weight"] = torch.randn(size, generator=generator) / (channels * kernel**2) ** 0.5
-        found[f"net.slice{slice_}.{place}.bias"] = torch.randn(out, generator=generator) / 10
-        found[f"lin{slice_ - 1}.model.1.weight"] = torch.rand(1, out, 1, 1, generator=generator)
+        weight = torch.randn(size, generator=generator) / (channels * kernel**2) ** 0.5
+        found[f"net.slice{slice_}.{index}.weight"] = weight
+        found[f"net.slice{slice_}.{index}.bias"] = torch.randn(out, generator=generator) / 10
+        linear = torch.rand(1, out, 1, 1, generator=generator)
+        found[f"lin{slice_ - 1}.model.1.weight"] = linear
     return found
 
 
 @pytest.fixture(scope="module")
 def weights(tensors, tmp_path_factory):
-    path = tmp_path_factory.mktemp("lpips") / "alex.safetensors"
+    path = tmp_path_factory.mktemp("weights") / "alex.safetensors"
     save_file(tensors, path)
     return path
 
 
-def by_hand(tensors, a, b):
+def direct_distance(tensors, a, b):
+    """Return the distance of two images (3, H, W), computed pixel by pixel."""
+
     def convolve(hidden, i, stride=1, padding=0):
-        name = f"net.slice{i}.{list(PLACES)[i - 1]}"
-        return F.conv2d(hidden, tensors[f"{name}.weight"].double(), tensors[f"{name}.bias"].double(), stride, padding).relu()
+        name = f"net.slice{i}.{list(CONVOLUTIONS)[i - 1]}"
+        weight = tensors[f"{name}.weight"].double()
+        bias = tensors[f"{name}.bias"].double()
+        return F.conv2d(hidden, weight, bias, stride, padding).relu()
 
     def features(image):
         one = convolve((image - SHIFT) / SCALE, 1, 4, 2)
         two = convolve(F.max_pool2d(one, 3, 2), 2, 1, 2)
         three = convolve(F.max_pool2d(two, 3, 2), 3, 1, 1)
         four = convolve(three, 4, 1, 1)
-        return one, two, three, four, convolve(four, 5, 1, 1)
+        five = convolve(four, 5, 1, 1)
+        return one, two, three, four, five
 
     total = 0.0
     for i, (f, g) in enumerate(zip(features(a[None]), features(b[None]))):
         linear = tensors[f"lin{i}.model.1.weight"].double().flatten()
-        cells = [(f[0, :, y, x], g[0, :, y, x]) for y in range(f.shape[2]) for x in range(f.shape[3])]
-        total += sum(float(linear @ (u / u.norm() - v / v.norm()) ** 2) for u, v in cells) / len(cells)
+        pixels = [(y, x) for y in range(f.shape[2]) for x in range(f.shape[3])]
+        layer = 0.0
+        for y, x in pixels:
+            u = f[0, :, y, x]
+            v = g[0, :, y, x]
+            layer += float(linear @ (u / u.norm() - v / v.norm()) ** 2)
+        total += layer / len(pixels)
     return total
-
-
-SHIFT = torch.tensor([-0.030, -0.088, -0.188], dtype=torch.float64).view(3, 1, 1)
-SCALE = torch.tensor([0.458, 0.448, 0.450], dtype=torch.float64).view(3, 1, 1)
 
 
 @pytest.fixture
 def images():
-    return torch.rand(2, 3, 3, 40, 36, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(2, 3, 3, 40, 36, generator=generator, dtype=torch.float64) * 2 - 1
 
 
-def test_it_is_what_is_computed_by_hand(tensors, weights, images):
+def test_it_equals_a_direct_computation(tensors, weights, images):
     a, b = images
     metric = LPIPS(weights).double()
-    metric.shift, metric.scale = SHIFT[None], SCALE[None]  # not rounded to float32
-    expected = torch.tensor([by_hand(tensors, *pair) for pair in zip(a, b)], dtype=torch.float64)
+    metric.shift = SHIFT[None]  # not rounded to float32
+    metric.scale = SCALE[None]
+    distances = [direct_distance(tensors, *pair) for pair in zip(a, b)]
+    expected = torch.tensor(distances, dtype=torch.float64)
     torch.testing.assert_close(metric(a, b), expected, rtol=1e-9, atol=1e-12)
     assert expected.min() > 1e-3
 
@@ -74,76 +95,117 @@ def test_it_is_symmetric_and_zero_for_equal_images(weights, images):
     a, b = images.float()
     metric = LPIPS(weights)
     torch.testing.assert_close(metric(a, b), metric(b, a), rtol=0, atol=0)
-    assert (metric(a, a) == 0).all() and (metric(a, b) > 0).all()
-    grey = a[:, :1]
-    torch.testing.assert_close(metric(grey, -grey), metric(grey.expand(-1, 3, -1, -1), -grey.expand(-1, 3, -1, -1)))
+    assert (metric(a, a) == 0).all()
+    assert (metric(a, b) > 0).all()
 
 
-def test_gradients_are_finite_differences_and_finite_where_features_vanish(weights, images):
+def test_a_grey_image_is_three_equal_channels(weights, images):
+    metric = LPIPS(weights)
+    grey = images.float()[0][:, :1]
+    colour = grey.expand(-1, 3, -1, -1)
+    torch.testing.assert_close(metric(grey, -grey), metric(colour, -colour))
+
+
+def test_gradients_are_finite_differences(weights, images):
     a, b = images
-    metric, step = LPIPS(weights).double(), torch.randn(a.shape, generator=torch.Generator().manual_seed(2)).double()
+    metric = LPIPS(weights).double()
+    step = torch.randn(a.shape, generator=torch.Generator().manual_seed(2)).double()
     a.requires_grad_(True)
     (slope,) = torch.autograd.grad(metric(a, b).sum(), a)
     numeric = (metric(a + 1e-6 * step, b) - metric(a - 1e-6 * step, b)).sum() / 2e-6
     assert (slope * step).sum().item() == pytest.approx(numeric.item(), rel=1e-4)
+    assert not any(parameter.requires_grad for parameter in metric.parameters())
+
+
+def test_gradients_are_zero_where_every_feature_is(weights, images):
+    a, b = images
+    metric = LPIPS(weights).double()
+    a.requires_grad_(True)
     for layer in metric.net:
         if hasattr(layer, "bias"):
             layer.bias.fill_(-100.0)  # every feature is zero
     (slope,) = torch.autograd.grad(metric(a, b).sum(), a)
     assert (slope == 0).all()
-    assert not any(parameter.requires_grad for parameter in metric.parameters())
 
 
-def test_names_of_torchvision_and_of_either_linear_layer_are_read(tensors, weights, images, tmp_path):
-    names = {
-        name: f"features.{name.split('.', 2)[2]}" if name.startswith("net") else name.replace("lin", "lins.") for name in tensors
-    }
-    save_file({names[name]: value for name, value in tensors.items()}, tmp_path / "other.safetensors")
+def test_names_of_torchvision_and_of_either_linear_layer_are_read(
+    tensors, weights, images, tmp_path
+):
+    renamed = {}
+    for name, value in tensors.items():
+        if name.startswith("net"):
+            renamed[f"features.{name.split('.', 2)[2]}"] = value
+        else:
+            renamed[name.replace("lin", "lins.")] = value
+    save_file(renamed, tmp_path / "other.safetensors")
     a, b = images.float()
     assert torch.equal(LPIPS(tmp_path / "other.safetensors")(a, b), LPIPS(weights)(a, b))
 
 
-def test_trunks_are_the_public_ones():
-    """Parameters of torchvision's `features`: 14,714,688 and 2,469,696; the first places of VGG16's blocks."""
-    for make, count in ((vgg, 14_714_688), (alex, 2_469_696)):
-        with torch.device("meta"):
-            trunk, taps = make()
-        assert sum(p.numel() for p in trunk.parameters()) == count
-        assert all(isinstance(trunk[place], torch.nn.ReLU) for place in taps) and taps[-1] == len(trunk) - 1
+@pytest.mark.parametrize(("make", "count"), [(vgg, 14_714_688), (alex, 2_469_696)])
+def test_trunks_have_the_public_parameters(make, count):
+    """The numbers of parameters are those of torchvision's `features`."""
+    with torch.device("meta"):
+        trunk, taps = make()
+    assert sum(p.numel() for p in trunk.parameters()) == count
+    assert all(isinstance(trunk[index], torch.nn.ReLU) for index in taps)
+    assert taps[-1] == len(trunk) - 1
+
+
+def test_the_layers_of_vgg16_have_their_public_indices():
     with torch.device("meta"):
         trunk, taps = vgg()
-    convolutions = [place for place, layer in enumerate(trunk) if isinstance(layer, torch.nn.Conv2d)]
-    assert convolutions == [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28] and taps == [3, 8, 15, 22, 29]
+    found = [index for index, layer in enumerate(trunk) if isinstance(layer, torch.nn.Conv2d)]
+    assert found == [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    assert taps == [3, 8, 15, 22, 29]
 
 
 def test_latents_are_compared_as_images(weights, images):
-    """Through the codec, with gradients of the first argument alone."""
+    """Distances pass through the codec's decoder; only the first argument gets gradients."""
     a, b = images.float()
     perceptual = Perceptual(weights, scale=2.0)
     torch.testing.assert_close(perceptual(a, b), 2 * LPIPS(weights)(a, b))
+
+    # A codec that decodes by tanh.
     perceptual.codec = SimpleNamespace(to=lambda device: SimpleNamespace(decode=torch.tanh))
-    x_hat, x = a.clone().requires_grad_(True), b.clone().requires_grad_(True)
+    x_hat = a.clone().requires_grad_(True)
+    x = b.clone().requires_grad_(True)
     found = perceptual(x_hat, x)
     torch.testing.assert_close(found, 2 * LPIPS(weights)(a.tanh(), b.tanh()))
     found.sum().backward()
-    assert x_hat.grad.abs().sum() > 0 and x.grad is None
+    assert x_hat.grad.abs().sum() > 0
+    assert x.grad is None
 
 
-def test_bad_files_and_images_are_named(tensors, weights, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such file; LPIPS needs its weights: make it once"):
+def test_a_missing_file_is_refused_with_the_way_to_make_it(tmp_path):
+    with refused("nowhere", "lpips.LPIPS", kind=FileNotFoundError):
         Perceptual(tmp_path / "nowhere")
+
+
+def test_files_with_other_contents_are_refused(tensors, weights, tmp_path):
+    less = {name: value for name, value in tensors.items() if "lin2" not in name}
+    cut = {**tensors, "net.slice1.0.weight": tensors["net.slice1.0.weight"][:, :2].contiguous()}
     (tmp_path / "torn").write_bytes(weights.read_bytes()[:1000])
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
-    save_file({name: value for name, value in tensors.items() if "lin2" not in name}, tmp_path / "less")
-    cut = {name: value[:, :2].contiguous() if name == "net.slice1.0.weight" else value for name, value in tensors.items()}
+    save_file(less, tmp_path / "less")
     save_file(cut, tmp_path / "cut")
-    said = {"torn": "not a readable", "other": "no trunk", "less": "not the weights", "cut": "not the weights"}
-    for name, words in said.items():
-        with pytest.raises(ValueError, match=f"{name}: .*{words}") as refused:
+    expected = {
+        "torn": ("safetensors",),
+        "other": ("net.slice1.0.weight",),
+        "less": ("VGG16", "AlexNet"),
+        "cut": ("VGG16", "AlexNet"),
+    }
+    for name, named in expected.items():
+        with refused(tmp_path / name, *named, "lpips.LPIPS"):
             LPIPS(tmp_path / name)
-        assert "\n" not in str(refused.value)
-    for shape in ((2, 40, 40), (3, 30, 40)):
-        with pytest.raises(ValueError, match=r"LPIPS: images are .*31 pixels"):
-            LPIPS(weights)(torch.zeros(1, *shape), torch.zeros(1, *shape))
-    with pytest.raises(ValueError, match="Perceptual: scale is 0"):
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 40), (3, 30, 40)], ids=["channels", "pixels"])
+def test_images_that_the_network_does_not_take_are_refused(weights, shape):
+    with refused("LPIPS", shape, 31):
+        LPIPS(weights)(torch.zeros(1, *shape), torch.zeros(1, *shape))
+
+
+def test_a_scale_of_zero_is_refused(weights):
+    with refused("Perceptual", "scale", 0):
         Perceptual(weights, scale=0)

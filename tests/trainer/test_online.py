@@ -1,6 +1,5 @@
-"""Online pairs are the stored set's, in its order, on exactly a share of the steps."""
+"""Online pairs are those of the stored set, in its order, on an exact share of the steps."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -13,169 +12,261 @@ from data.pairs import Pairs
 from models.condition import ClassLabel, Unconditional
 from models.denoiser import Denoiser
 from models.interpolant import VariancePreserving
-from tests.teachers import SHAPE, denoiser, saved
-from trainer.collect import collect
-from trainer.draws import Draws
+from tests.helpers.refusals import refused
+from tests.helpers.teachers import SHAPE, save_teacher, small_denoiser
+from tests.helpers.training import log_lines, train
+from trainer.jobs.collect import collect
 from trainer.objectives import Matching, Objective, Online
-from trainer.objectives.frozen import Averaged, Frozen
+from trainer.objectives.teachers import EMATeacher, FrozenTeacher
+from trainer.step_random import StepRandom
 
-COUNT, BATCH = 48, 16
+COUNT = 48
+BATCH = 16
+STEPS = 3
+SEED = 11
 GUIDANCE = 2.0
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
+    """A folder with a teacher and a set of its pairs."""
     folder = tmp_path_factory.mktemp("online")
-    saved(folder / "teacher", denoiser())
-    collect(folder / "teacher", folder / "pairs", COUNT, steps=3, guidance=GUIDANCE, seed=11, shard=BATCH, batch=BATCH)
+    save_teacher(folder / "teacher", small_denoiser())
+    collect(
+        folder / "teacher",
+        folder / "pairs",
+        COUNT,
+        steps=STEPS,
+        guidance=GUIDANCE,
+        seed=SEED,
+        shard=BATCH,
+        batch=BATCH,
+    )
     return folder
 
 
-class Recorded(Objective):
-    """Matching that keeps what it was given."""
+@pytest.fixture
+def stored(folder):
+    return Pairs(str(folder / "pairs"), guidance=GUIDANCE, keep_fraction=1.0)
+
+
+class RecordingMatching(Objective):
+    """Matching that records its batches."""
 
     def __init__(self):
-        self.given = []
+        self.batches = []
 
-    def __call__(self, denoiser, x, eps, cond=None, draws=None):
-        self.given.append((x, eps, cond))
-        loss = (matching := Matching())(denoiser, x, eps, cond, draws)
-        self.seen = matching.seen
+    def __call__(self, denoiser, x, eps, cond=None, random=None):
+        self.batches.append((x, eps, cond))
+        matching = Matching()
+        loss = matching(denoiser, x, eps, cond, random)
+        self.per_sample = matching.per_sample
         return loss
 
 
-def batch(step, start=0, count=BATCH):
+def make_batch(step, start=0, count=BATCH):
     x = torch.stack([noise(99, BATCH * step + start + i, SHAPE) for i in range(count)])
-    return Batch(x, True, torch.zeros(count, dtype=torch.long), seed=3, step=step, start=start, size=BATCH)
+    labels = torch.zeros(count, dtype=torch.long)
+    return Batch(x, True, labels, seed=3, step=step, start=start, size=BATCH)
 
 
-def online(place, share=1.0, **words):
-    return Online(Frozen(place / "teacher", GUIDANCE), Recorded(), share, steps=3, seed=11, **words)
+def make_online(teacher, share=1.0):
+    return Online(teacher, RecordingMatching(), share, steps=STEPS, seed=SEED)
 
 
-def work(objective, step, start=0, count=BATCH, student=None, cond=True):
-    part = batch(step, start, count)
-    told = part.condition if cond is True else cond
-    return objective(student or denoiser(seed=1), part.x, torch.zeros_like(part.x), told, Draws(part))
+@pytest.fixture
+def online(folder):
+    return make_online(FrozenTeacher(folder / "teacher", GUIDANCE))
 
 
-def test_the_same_seeds_give_the_stored_sets_pairs(place):
-    objective, stored = online(place), Pairs(str(place / "pairs"), guidance=GUIDANCE, keep=1.0)
-    for step in range(COUNT // BATCH):
-        loss, expected = work(objective, step), stored.read(np.arange(step * BATCH, (step + 1) * BATCH))
-        for found, wanted in zip(objective.inner.given[-1], (expected.x, expected.noise, expected.condition), strict=True):
-            assert torch.equal(found, wanted)
-        again = Matching()(denoiser(seed=1), expected.x, expected.noise, expected.condition, Draws(batch(step)))
-        assert torch.equal(loss, again) and torch.equal(objective.seen[1], objective.inner.seen[1])
+def loss_of(objective, batch, student=None):
+    """Return the loss of a batch for a student, by default one of random weights."""
+    student = student or small_denoiser(seed=1)
+    return objective(
+        student, batch.x, torch.zeros_like(batch.x), batch.condition, StepRandom(batch)
+    )
 
 
-def test_the_students_average_is_a_teacher_too(place):
-    """It draws what a frozen copy of those weights draws, and the student's own weights stay as they are."""
-    student, frozen = denoiser(seed=1), online(place)
-    student.averages, before = dict(denoiser().state_dict()), {key: value.clone() for key, value in student.state_dict().items()}
-    own = Online(Averaged(GUIDANCE, frozen.teacher.condition), Recorded(), steps=3, seed=11)
-    losses = [work(objective, 0, student=student) for objective in (frozen, own)]
-    assert torch.equal(*losses) and torch.equal(frozen.inner.given[0][0], own.inner.given[0][0])
+@pytest.mark.parametrize("step", range(COUNT // BATCH))
+def test_the_same_seed_gives_the_pairs_of_the_stored_set(online, stored, step):
+    loss = loss_of(online, make_batch(step))
+    expected = stored.read(np.arange(step * BATCH, (step + 1) * BATCH))
+    x, eps, cond = online.inner.batches[-1]
+    assert torch.equal(x, expected.x)
+    assert torch.equal(eps, expected.noise)
+    assert torch.equal(cond, expected.condition)
+
+    student = small_denoiser(seed=1)
+    random = StepRandom(make_batch(step))
+    again = Matching()(student, expected.x, expected.noise, expected.condition, random)
+    assert torch.equal(loss, again)
+    assert torch.equal(online.per_sample[1], online.inner.per_sample[1])
+
+
+def test_the_students_average_can_be_the_teacher(online):
+    """Its pairs are those of a frozen copy of the averaged weights. The student's weights stay."""
+    student = small_denoiser(seed=1)
+    student.averages = dict(small_denoiser().state_dict())
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    averaged = make_online(EMATeacher(GUIDANCE, online.teacher.condition))
+
+    expected = loss_of(online, make_batch(0), student)
+    found = loss_of(averaged, make_batch(0), student)
+    assert torch.equal(found, expected)
+    assert torch.equal(averaged.inner.batches[0][0], online.inner.batches[0][0])
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
-    with pytest.raises(ValueError, match="keeps no average"):
-        work(own, 0)
 
 
-def test_ranks_draw_their_slices_of_them(place):
-    """In batches of other sizes the network's sums may round otherwise, and x then once more, to float16."""
-    objective, stored = online(place), Pairs(str(place / "pairs"), guidance=GUIDANCE, keep=1.0)
-    for start, count in ((0, 8), (8, 8), (0, 4), (4, 12)):
-        work(objective, 1, start, count)
-        expected = stored.read(np.arange(BATCH + start, BATCH + start + count))
-        x, eps, cond = objective.inner.given[-1]
-        assert torch.equal(eps, expected.noise) and torch.equal(cond, expected.condition)
-        torch.testing.assert_close(x, expected.x, rtol=2**-10, atol=1e-4)
+@pytest.mark.parametrize(("start", "count"), [(0, 8), (8, 8), (0, 4), (4, 12)])
+def test_ranks_sample_their_slices_of_the_pairs(online, stored, start, count):
+    """x may differ by one rounding to float16: in other batch sizes, sums may round otherwise."""
+    loss_of(online, make_batch(1, start, count))
+    expected = stored.read(np.arange(BATCH + start, BATCH + start + count))
+    x, eps, cond = online.inner.batches[-1]
+    assert torch.equal(eps, expected.noise)
+    assert torch.equal(cond, expected.condition)
+    torch.testing.assert_close(x, expected.x, rtol=2**-10, atol=1e-4)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 1.0, 1 / 3])
-def test_exactly_a_share_of_the_steps_draw_and_none_draws_anothers_pairs(place, share):
-    objective = online(place, share)
-    objective.draw = lambda student, indices, like, cond: (drawn.extend(indices), (like, like, cond))[1]
-    drawn, steps = [], 30
+def test_an_exact_share_of_the_steps_samples_pairs_and_no_pair_is_used_twice(folder, share):
+    objective = make_online(FrozenTeacher(folder / "teacher", GUIDANCE), share)
+    indices = []
+    steps = 30
+
+    def record(student, of_pairs, like, cond):
+        indices.extend(of_pairs)
+        return like, like, cond
+
+    objective.draw_pairs = record
     for step in range(steps):
-        before = len(drawn)
-        work(objective, step)
-        assert len(drawn) - before in (0, BATCH)
-        if len(drawn) == before:
-            assert torch.equal(objective.inner.given[-1][0], batch(step).x)
-    assert drawn == list(range(round(share * steps) * BATCH)) and objective.before(0) == 0
+        before = len(indices)
+        loss_of(objective, make_batch(step))
+        assert len(indices) - before in (0, BATCH)
+        if len(indices) == before:  # the batch as it comes
+            assert torch.equal(objective.inner.batches[-1][0], make_batch(step).x)
+    assert indices == list(range(round(share * steps) * BATCH))
+    assert objective.pair_steps_before(0) == 0
 
 
-def test_what_the_student_is_not_told_stays_so(place):
-    objective = online(place)
-    dropped = torch.tensor([3, 0] * (BATCH // 2))  # every other label is dropped
-    work(objective, 0, cond=dropped)
-    x, _, cond = objective.inner.given[-1]
+def test_dropped_labels_stay_dropped(online):
+    dropped = torch.tensor([3, 0] * (BATCH // 2))  # 3, of three classes, is the dropped label
+    loss_of(online, replace(make_batch(0), condition=dropped))
+    _, _, cond = online.inner.batches[-1]
     assert cond.tolist() == [3 if i % 2 == 0 else i % 3 for i in range(BATCH)]
-    work(objective, 0, cond=None)
-    assert objective.inner.given[-1][2] is None and torch.equal(objective.inner.given[-1][0], x)
 
 
-def test_held_out_batches_come_as_they_are(place):
-    objective = online(place)
+def test_a_batch_without_labels_stays_without_labels(online):
+    loss_of(online, make_batch(0))
+    loss_of(online, replace(make_batch(0), condition=None))
+    labelled, unlabelled = online.inner.batches
+    assert unlabelled[2] is None
+    assert torch.equal(unlabelled[0], labelled[0])
+
+
+def test_held_out_batches_are_used_as_they_come(online):
     with torch.no_grad():
-        work(objective, 0)
-    assert torch.equal(objective.inner.given[-1][0], batch(0).x)
+        loss_of(online, make_batch(0))
+    assert torch.equal(online.inner.batches[-1][0], make_batch(0).x)
 
 
-def test_a_step_costs_the_teachers_walk_and_the_inner_objective(place):
-    objective, student, calls = online(place), denoiser(seed=1), {"teacher": 0, "student": 0}
+def test_a_step_costs_the_teachers_trajectory_and_the_inner_objective(online):
+    student = small_denoiser(seed=1)
+    evaluated = {"teacher": 0, "student": 0}
 
     def count(name):
-        return lambda module, args, out: calls.update({name: calls[name] + len(args[0])})
+        def hook(module, args, out):
+            evaluated[name] += len(args[0])
 
-    objective.teacher.denoiser.net.register_forward_hook(count("teacher"))
+        return hook
+
+    online.teacher.denoiser.net.register_forward_hook(count("teacher"))
     student.net.register_forward_hook(count("student"))
-    work(objective, 0, student=student)
-    assert calls == {"teacher": 2 * 3 * BATCH, "student": BATCH}, "guided, three steps; the student once"
+    loss_of(online, make_batch(0), student)
+    assert evaluated["teacher"] == 2 * STEPS * BATCH  # with guidance, each step evaluates it twice
+    assert evaluated["student"] == BATCH
 
 
-def test_the_teacher_is_asked_in_full_precision_whatever_the_student_trains_in(place):
-    objective = online(place)
-    work(objective, 0)
+def test_the_teacher_runs_in_full_precision_whatever_the_student_trains_in(online):
+    loss_of(online, make_batch(0))
     with torch.autocast("cpu", torch.bfloat16):
-        work(objective, 0)
-    assert torch.equal(objective.inner.given[0][0], objective.inner.given[1][0])
+        loss_of(online, make_batch(0))
+    full, mixed = online.inner.batches
+    assert torch.equal(full[0], mixed[0])
 
 
-def test_the_gradient_is_that_of_the_stored_pairs(place):
-    student, stored = denoiser(seed=1).requires_grad_(True), Pairs(str(place / "pairs"), guidance=GUIDANCE, keep=1.0)
-    expected = stored.read(np.arange(BATCH))
-    work(online(place), 0, student=student).backward()
-    gradients = [value.grad.clone() for value in student.parameters() if value.grad is not None]
-    student.zero_grad()
-    Matching()(student, expected.x, expected.noise, expected.condition, Draws(batch(0))).backward()
-    assert all(torch.equal(a, value.grad) for a, value in zip(gradients, (v for v in student.parameters() if v.grad is not None)))
-    assert not any(value.requires_grad for value in online(place).teacher.denoiser.parameters())
+def test_the_gradient_is_that_of_the_stored_pairs(online, stored):
+    def gradients(student):
+        return {
+            name: parameter.grad
+            for name, parameter in student.named_parameters()
+            if parameter.grad is not None
+        }
+
+    student = small_denoiser(seed=1).requires_grad_(True)
+    loss_of(online, make_batch(0), student).backward()
+
+    other = small_denoiser(seed=1).requires_grad_(True)
+    pairs = stored.read(np.arange(BATCH))
+    random = StepRandom(make_batch(0))
+    Matching()(other, pairs.x, pairs.noise, pairs.condition, random).backward()
+
+    found = gradients(student)
+    expected = gradients(other)
+    assert found.keys() == expected.keys() != set()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_what_cannot_be_is_refused(place, tmp_path):
-    for share in (0.0, 1.5):
-        with pytest.raises(ValueError, match=rf"share is {share}, it must lie in \(0, 1\]"):
-            online(place, share)
-    with pytest.raises(ValueError, match="draws is None"):
-        online(place)(denoiser(), *torch.zeros(2, 4, *SHAPE))
-    scaled = replace(batch(0), scale=torch.ones(BATCH))
-    with pytest.raises(ValueError, match="the data record scales of guidance, its pairs are all at"):
-        online(place)(denoiser(), scaled.x, scaled.x, scaled.condition, Draws(scaled))
-    other = denoiser()
-    with pytest.raises(ValueError, match="teacher is on Linear.*the student on VariancePreserving"):
-        work(online(place), 0, student=Denoiser(other.net, VariancePreserving(), other.prediction))
-    saved(tmp_path / "none", denoiser(0), Unconditional())
-    objective = Online(Frozen(tmp_path / "none"), Recorded(), steps=1)
-    with pytest.raises(ValueError, match="knows no classes, the student is told some"):
-        work(objective, 0)
-    assert isinstance(Frozen(place / "teacher").condition, ClassLabel)
+def test_the_teacher_is_frozen(online):
+    assert not any(parameter.requires_grad for parameter in online.teacher.denoiser.parameters())
+
+
+def test_a_teacher_from_a_run_has_its_condition(online):
+    assert isinstance(online.teacher.condition, ClassLabel)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_a_share_outside_0_to_1_is_refused(folder, share):
+    teacher = FrozenTeacher(folder / "teacher", GUIDANCE)
+    with refused("Online", "share", share, "(0, 1]"):
+        make_online(teacher, share)
+
+
+def test_an_average_as_the_teacher_needs_a_run_that_keeps_one(online):
+    averaged = make_online(EMATeacher(GUIDANCE, online.teacher.condition))
+    with refused("EMA"):
+        loss_of(averaged, make_batch(0))
+
+
+def test_a_loss_without_random_numbers_of_the_run_is_refused(online):
+    with refused("Online", "random", "None", "StepRandom"):
+        online(small_denoiser(), *torch.zeros(2, 4, *SHAPE))
+
+
+def test_data_that_record_scales_are_refused(online):
+    with refused("Online", f"{GUIDANCE:g}"):
+        loss_of(online, replace(make_batch(0), guidance=torch.ones(BATCH)))
+
+
+def test_a_student_on_another_interpolant_is_refused(folder, online):
+    other = small_denoiser()
+    student = Denoiser(other.net, VariancePreserving(), other.prediction)
+    with refused(folder / "teacher", "Linear", "VariancePreserving"):
+        loss_of(online, make_batch(0), student)
+
+
+def test_labels_for_a_teacher_without_classes_are_refused(tmp_path):
+    save_teacher(tmp_path / "teacher", small_denoiser(classes=0), Unconditional())
+    objective = Online(FrozenTeacher(tmp_path / "teacher"), RecordingMatching(), steps=1)
+    with refused("Online", tmp_path / "teacher", "classes"):
+        loss_of(objective, make_batch(0))
 
 
 @pytest.mark.timeout(300)
-def test_its_config_trains(workspace, tmp_path):
-    words = ("--out", tmp_path / "run", "--trainer.max_steps", "3", "--metrics.every", "1", "--data.batch", "32")
-    workspace.rectify("fit", "--config", "configs/digits/online.yaml", *words, "--trainer.logger", "false")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    assert [line["step"] for line in lines] == [1, 2, 3] and all(line["loss"] > 0 for line in lines)
+def test_its_config_trains(workspace, tmp_path, monkeypatch):
+    monkeypatch.chdir(workspace.path)
+    options = ("--metrics.every", 1, "--data.batch", 32)
+    run = train("configs/digits/online.yaml", tmp_path / "run", *options, steps=3)
+    lines = log_lines(run)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(line["loss"] > 0 for line in lines)

@@ -4,81 +4,122 @@ import pytest
 import torch
 
 from models.interpolant import Linear
-from models.prediction import Noise
+from models.prediction import NoisePrediction
 from models.sampler import DDIM
-from tests.forms import every_interpolant
+from tests.examples import every_interpolant
+from tests.helpers.denoisers import ChordStudent, CountingDenoiser, central_difference, derivative
+from tests.helpers.refusals import refused
 from tests.oracle import Flow
-from tests.taught import Asked, Taught
-from trainer.errors import Adaptive, Error, PseudoHuber, Squared
 from trainer.objectives import Regression
+from trainer.objectives.parts.distances import AdaptiveDistance, Distance, PseudoHuber, Squared
 
-ERRORS = [cls() for cls in Error.__subclasses__() if cls is not Adaptive]  # whose weight is not differentiated
-
-
-def pairs(interpolant, n=64):
-    """Return noises and where the exact flow carries them from where samplers start."""
-    eps = torch.randn(n, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    one, zero = torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    return Flow(interpolant).map(interpolant.mix(torch.zeros_like(eps), eps, one), one, zero), eps
+# the weight of the adaptive distance is not differentiated, so its gradient is no finite difference
+DISTANCES = [cls() for cls in Distance.__subclasses__() if cls is not AdaptiveDistance]
+every_distance = pytest.mark.parametrize(
+    "distance", DISTANCES, ids=lambda distance: type(distance).__name__
+)
 
 
-@every_interpolant
-@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
-def test_the_loss_is_zero_at_the_truth_and_leads_to_it(interpolant, error):
-    """Zero but for rounding, with jumps and without; beside it the gradient points back, and is the finite difference."""
-    (x, eps), objective, flow = pairs(interpolant), Regression(error), Flow(interpolant)
-    by = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    beside = objective(Taught(interpolant, flow, [1.0, 0.0], by), x, eps)
-    for truth in (Taught(interpolant, flow, [1.0, 0.0]), flow):
-        assert objective(truth, x, eps) < 1e-6 * beside
-    (slope,) = torch.autograd.grad(beside, by)
-    ahead, behind = (objective(Taught(interpolant, flow, [1.0, 0.0], 0.3 + h), x, eps) for h in (1e-4, -1e-4))
-    assert slope > 0 and slope.item() == pytest.approx((ahead - behind).item() / 2e-4, rel=1e-3)
+def exact_student(interpolant, error=0.0, **options):
+    return ChordStudent(interpolant, Flow(interpolant), [1.0, 0.0], error, **options)
+
+
+def make_pairs(interpolant, n=64):
+    """Return samples of the exact flow and their noises; it starts where samplers start."""
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.randn(n, 1, 2, 2, generator=generator, dtype=torch.float64)
+    one = torch.ones(n, dtype=torch.float64)
+    x_1 = interpolant.mix(torch.zeros_like(eps), eps, one)
+    return Flow(interpolant).map(x_1, one, torch.zeros_like(one)), eps
 
 
 @every_interpolant
-def test_the_error_is_that_of_a_samplers_one_step(interpolant):
-    x, eps = pairs(interpolant)
-    learner = Taught(interpolant, Flow(interpolant), [1.0, 0.0], 0.2)
-    expected = (DDIM(1)(learner, eps) - x).square()
+@every_distance
+@pytest.mark.parametrize("make", [exact_student, Flow], ids=["one time", "two times"])
+def test_the_loss_is_zero_up_to_rounding_at_the_truth(interpolant, distance, make):
+    x, eps = make_pairs(interpolant)
+    objective = Regression(distance)
+    wrong = objective(exact_student(interpolant, 0.3), x, eps)
+    assert objective(make(interpolant), x, eps) < 1e-6 * wrong
+
+
+@every_interpolant
+@every_distance
+def test_the_gradient_is_the_finite_difference_and_points_to_the_truth(interpolant, distance):
+    x, eps = make_pairs(interpolant)
+    objective = Regression(distance)
+
+    def loss(error):
+        return objective(exact_student(interpolant, error), x, eps)
+
+    slope = derivative(loss, 0.3)
+    assert slope > 0
+    assert slope == pytest.approx(central_difference(loss, 0.3, 1e-4), rel=1e-3)
+
+
+@every_interpolant
+def test_the_error_is_that_of_one_sampler_step(interpolant):
+    x, eps = make_pairs(interpolant)
+    student = exact_student(interpolant, 0.2)
     objective = Regression()
-    torch.testing.assert_close(objective(learner, x, eps), expected.mean(), rtol=1e-6, atol=1e-12)
-    times, errors = objective.seen
+    loss = objective(student, x, eps)
+    expected = (DDIM(1)(student, eps) - x).square()
+    torch.testing.assert_close(loss, expected.mean(), rtol=1e-6, atol=1e-12)
+
+    times, errors = objective.per_sample
     assert (times == 1).all()
     torch.testing.assert_close(errors, expected.flatten(1).mean(1), rtol=1e-6, atol=1e-12)
 
 
-def test_independent_draws_teach_the_mean():
-    """The best that one step can do: on N(.5, .7^2) the constant .5, at the loss .7^2."""
+class ConstantDenoiser:
+    """A denoiser on Linear that predicts the same data for every state."""
 
-    class Constant:
-        interpolant = Linear()
+    interpolant = Linear()
 
-        def __init__(self, value):
-            self.value = value
+    def __init__(self, value):
+        self.value = value
 
-        def __call__(self, x_t, t, cond=None):
-            return self.value.expand_as(x_t), x_t
+    def __call__(self, x_t, t, cond=None):
+        return self.value.expand_as(x_t), x_t
 
-    x, eps = torch.randn(2, 20_000, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = (x - x.mean()) / x.std(correction=0)
+
+def test_independent_data_and_noise_teach_the_mean():
+    """On N(.5, .7^2) the best map in one step is the constant .5, with the loss .7^2."""
+    generator = torch.Generator().manual_seed(0)
+    z, eps = torch.randn(2, 20_000, 1, 1, 1, generator=generator, dtype=torch.float64)
+    z = (z - z.mean()) / z.std(correction=0)
     mean = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    loss = Regression()(Constant(mean), 0.5 + 0.7 * x, eps)
+    loss = Regression()(ConstantDenoiser(mean), 0.5 + 0.7 * z, eps)
     (slope,) = torch.autograd.grad(loss, mean)
-    assert loss.item() == pytest.approx(0.49) and abs(slope.item()) < 1e-9
+    assert loss.item() == pytest.approx(0.49)
+    assert abs(slope.item()) < 1e-9
 
 
-def test_lpips_is_added_sample_by_sample_and_a_step_costs_one_evaluation():
-    x, eps = pairs(Linear(), 8)
-    learner = Asked(Taught(Linear(), Flow(Linear()), [1.0, 0.0], 0.2))
-    plain, both = Regression(PseudoHuber()), Regression(PseudoHuber(), lambda x_hat, x: (x_hat - x).abs().flatten(1).sum(1))
-    gap = both(learner, x, eps) - plain(learner, x, eps)
-    assert learner.asked == 2 * 8
-    assert gap.item() == pytest.approx(4 * 0.2) and (both.seen[1] - plain.seen[1]).mean().item() == pytest.approx(4 * 0.2)
+def perceptual(x_hat, x):
+    """Stand in for a perceptual distance, (B,): the sum of the absolute errors."""
+    return (x_hat - x).abs().flatten(1).sum(1)
 
 
-def test_a_prediction_that_says_nothing_at_the_noise_is_named():
-    x, eps = pairs(Linear())
-    with pytest.raises(ValueError, match=r"Noise\(\) is singular on Linear.* at t = 1") as refused:
-        Regression(Squared())(Taught(Linear(), Flow(Linear()), [1.0, 0.0], prediction=Noise()), x, eps)
-    assert "\n" not in str(refused.value)
+def test_the_perceptual_distance_is_added_sample_by_sample():
+    x, eps = make_pairs(Linear(), 8)
+    student = exact_student(Linear(), 0.2)
+    plain = Regression(PseudoHuber())
+    both = Regression(PseudoHuber(), perceptual)
+    added = both(student, x, eps) - plain(student, x, eps)
+    assert added.item() == pytest.approx(4 * 0.2)
+    assert (both.per_sample[1] - plain.per_sample[1]).mean().item() == pytest.approx(4 * 0.2)
+
+
+@pytest.mark.parametrize("added", [None, perceptual], ids=["plain", "perceptual"])
+def test_a_step_costs_one_evaluation(added):
+    x, eps = make_pairs(Linear(), 8)
+    student = CountingDenoiser(exact_student(Linear(), 0.2))
+    Regression(PseudoHuber(), added)(student, x, eps)
+    assert student.evaluated == 8
+
+
+def test_a_prediction_that_is_singular_at_the_noise_is_refused():
+    x, eps = make_pairs(Linear())
+    student = exact_student(Linear(), prediction=NoisePrediction())
+    with refused(NoisePrediction(), "Linear", "t = 1"):
+        Regression(Squared())(student, x, eps)

@@ -1,4 +1,4 @@
-"""Guidance embedded: each pair has a scale of its own, and the student that is told it is guided at one evaluation."""
+"""Pairs with a guidance scale each, and students that are conditioned on the scale."""
 
 import logging
 
@@ -9,136 +9,236 @@ import torch
 from data.batch import Batch
 from data.latents import Latents, latent_sample
 from data.mixed import Mixed
-from data.noise import noise, scales
+from data.noise import guidance_scales, noise
 from data.pairs import Pairs
 from data.shards import ShardWriter
 from models import guidance as guidances
-from models import teacher as teachers
+from models.checkpoint import load_checkpoint
 from models.condition import ClassLabel
-from models.guidance import Guided, Told, at
+from models.guidance import GuidanceConditioned, Guided, with_guidance
 from models.sampler import DDIM
-from tests.teachers import SHAPE, denoiser, saved
-from trainer.collect import collect
-from trainer.draws import Draws
+from tests.helpers.refusals import refused
+from tests.helpers.teachers import SHAPE, save_teacher, small_denoiser
+from trainer.jobs.collect import collect
 from trainer.module import Generator
 from trainer.objectives import Matching, Objective
+from trainer.step_random import StepRandom
 
-COUNT, RANGE = 24, [1.0, 4.0]
+COUNT = 24
+RANGE = [1.0, 4.0]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
+    """A teacher, six real latents, and pairs: a scale each, all at scale 3, without guidance."""
     folder = tmp_path_factory.mktemp("scales")
-    saved(folder / "teacher", denoiser())
-    words = {"pairs": COUNT, "steps": 2, "seed": 5, "shard": 8}
-    collect(folder / "teacher", folder / "pairs", **words, guidance=1.0, guidance_max=4.0, batch=3)
-    collect(folder / "teacher", folder / "baked", **words, guidance=3.0)
-    collect(folder / "teacher", folder / "plain", **words)
+    run = save_teacher(folder / "teacher", small_denoiser())
+    settings = {"pairs": COUNT, "steps": 2, "seed": 5, "shard": 8}
+    collect(run, folder / "ranged", **settings, guidance=1.0, guidance_max=4.0, batch=3)
+    collect(run, folder / "fixed", **settings, guidance=3.0)
+    collect(run, folder / "plain", **settings)
+    writer = ShardWriter(folder / "latents", "latents", {"classes": ["a", "b", "c"]}, 6, 6)
+    writer.write(0, [latent_sample(f"{i:09d}", noise(9, i, SHAPE), i % 3) for i in range(6)])
+    assert writer.finish()
     return folder
 
 
-def test_scales_are_keyed_by_seed_and_index_and_fill_their_range():
-    drawn = scales(5, range(2000), 1.0, 4.0)
-    assert drawn.min() >= 1 and drawn.max() <= 4 and abs(drawn.mean() - 2.5) < 0.06
-    assert torch.equal(drawn[70:75], scales(5, range(70, 75), 1.0, 4.0)) and not torch.equal(drawn, scales(6, range(2000), 1, 4))
+@pytest.fixture
+def ranged(folder):
+    return Pairs(str(folder / "ranged"), guidance=RANGE, keep_fraction=1.0)
 
 
-def test_each_pair_is_drawn_at_the_scale_that_it_records(place):
-    source = Pairs(str(place / "pairs"), guidance=RANGE, keep=1.0)
-    batch = source.read(np.arange(COUNT)[::-1].copy())
-    assert torch.equal(batch.scale, scales(5, range(COUNT), 1.0, 4.0).flip(0)) and batch.scale.dtype == torch.float32
-    assert source.manifest["guidance"] == RANGE
+@pytest.fixture
+def fixed(folder):
+    return Pairs(str(folder / "fixed"), guidance=3.0)
+
+
+@pytest.fixture
+def plain(folder):
+    return Pairs(str(folder / "plain"))
+
+
+@pytest.fixture
+def latents(folder):
+    return Latents(str(folder / "latents"))
+
+
+# Data
+
+
+def test_scales_fill_their_range():
+    found = guidance_scales(5, range(2000), 1.0, 4.0)
+    assert found.min() >= 1
+    assert found.max() <= 4
+    assert abs(found.mean() - 2.5) < 0.06
+
+
+def test_scales_are_keyed_by_seed_and_index():
+    found = guidance_scales(5, range(2000), 1.0, 4.0)
+    assert torch.equal(found[70:75], guidance_scales(5, range(70, 75), 1.0, 4.0))
+    assert not torch.equal(found, guidance_scales(6, range(2000), 1, 4))
+
+
+def test_each_pair_is_sampled_at_the_scale_that_it_records(ranged):
+    batch = ranged.read(np.arange(COUNT)[::-1].copy())
+    assert torch.equal(batch.guidance, guidance_scales(5, range(COUNT), 1.0, 4.0).flip(0))
+    assert batch.guidance.dtype == torch.float32
+    assert ranged.manifest["guidance"] == RANGE
     for i in (0, 7, 23):
-        x = DDIM(2)(Guided(denoiser(), batch.scale[i].item()), batch.noise[i : i + 1], batch.condition[i : i + 1])
+        one = slice(i, i + 1)
+        denoiser = Guided(small_denoiser(), batch.guidance[i].item())
+        x = DDIM(2)(denoiser, batch.noise[one], batch.condition[one])
         torch.testing.assert_close(x[0], batch.x[i], rtol=2e-3, atol=2e-3)
-    with pytest.raises(ValueError, match=r"collected with guidance \[1.0, 4.0\], the configuration says 1.0"):
-        Pairs(str(place / "pairs"))
 
 
-def test_scales_survive_mixing_and_data_are_at_one(place):
-    writer = ShardWriter(place / "latents", "latents", {"classes": ["a", "b", "c"]}, 6, 6)
-    writer.write(0, [latent_sample(f"{i:09d}", noise(9, i, SHAPE), i % 3) for i in range(6)])
-    assert writer.finish()
-    scaled, latents = Pairs(str(place / "pairs"), guidance=RANGE), Latents(str(place / "latents"))
-    batch = Mixed([scaled, latents, Pairs(str(place / "plain"))], [2, 1, 1]).take(0, 3, 16)
-    assert (batch.scale == 1).sum() == 8 and batch.to(torch.device("cpu")).scale is batch.scale
-    for x, scale, w in zip(batch.noise, batch.scale, batch.paired):
-        found = [i for i in range(COUNT) if torch.equal(noise(5, i, SHAPE), x)]
-        assert scale == 1 or scale == scales(5, found, 1.0, 4.0)[0] and w
-    with pytest.raises(ValueError, match="beside recorded scales, others must be at 1"):
-        Mixed([scaled, Pairs(str(place / "baked"), guidance=3.0)], [1, 1])
-    assert Mixed([Pairs(str(place / "plain")), latents], [1, 1]).take(0, 0, 4).scale is None
+def test_pairs_of_another_range_are_refused(folder):
+    with refused("guidance", RANGE, 1.0):
+        Pairs(str(folder / "ranged"))
 
 
-class Recorded(Objective):
-    """Matching that keeps what it was given."""
-
-    def __call__(self, denoiser, x, eps, cond=None, draws=None):
-        self.given = denoiser, x, eps, cond
-        return Matching()(denoiser, x, eps, cond, draws)
-
-
-def test_the_student_is_told_every_samples_scale(place):
-    student, objective = denoiser(scaled=True).requires_grad_(True), Recorded()
-    module = Generator(student, objective, ClassLabel(3))
-    batch = Pairs(str(place / "pairs"), guidance=RANGE).read(np.arange(8))
-    batch.size = 8
-    module.training_step(batch, 0).backward()
-    told, x, eps, cond = objective.given
-    t = torch.linspace(0.1, 0.9, 8)
-    expected = student(x, t, cond, w=batch.scale)
-    assert torch.equal(told(x, t, cond)[0], expected[0]) and not torch.equal(student(x, t, cond)[0], expected[0])
-    assert told.interpolant is student.interpolant and told.prediction is student.prediction and not told.jumps
-    assert student.net.scale.out.weight.grad.abs().sum() > 0
-    module.loss(Batch(x, True, seed=0, size=8), Draws(batch), cond)
-    assert objective.given[0] is student, "without scales nothing stands between"
+def test_scales_survive_mixing_and_other_data_have_scale_one(ranged, plain, latents):
+    batch = Mixed([ranged, latents, plain], [2, 1, 1]).take(0, 3, 16)
+    assert (batch.guidance == 1).sum() == 8
+    assert batch.to(torch.device("cpu")).guidance is batch.guidance
+    for x, scale, paired in zip(batch.noise, batch.guidance, batch.paired):
+        if scale != 1:
+            index = [i for i in range(COUNT) if torch.equal(noise(5, i, SHAPE), x)]
+            assert scale == guidance_scales(5, index, 1.0, 4.0)[0]
+            assert paired
 
 
-def test_scales_that_nobody_reads_are_refused(place):
-    source = Pairs(str(place / "pairs"), guidance=RANGE)
-    module = Generator(denoiser(), condition=ClassLabel(3))
-    with pytest.raises(ValueError, match="records scales of guidance, from 1 to 4, which the network does not read; set model"):
-        module._agree(source)
-    module = Generator(denoiser(scaled=True), condition=ClassLabel(3))
-    module._agree(source)
-    module._agree(Pairs(str(place / "plain")))
-    assert module.spec["guidance"] == RANGE
-    module = Generator(denoiser(), condition=ClassLabel(3))
-    module._agree(Pairs(str(place / "baked"), guidance=3.0))
-    assert module.spec["guidance"] == 3.0
+def test_recorded_scales_do_not_mix_with_pairs_of_one_other_scale(ranged, fixed):
+    with refused("Mixed", RANGE, 3.0):
+        Mixed([ranged, fixed], [1, 1])
 
 
-def test_a_told_student_is_guided_at_the_cost_of_one_evaluation():
-    plain, scaled = denoiser(), denoiser(scaled=True)
-    assert isinstance(at(plain, 3.0), Guided) and DDIM(4).nfe(at(plain, 3.0)) == 8
-    assert isinstance(at(scaled, 3.0), Told) and DDIM(4).nfe(at(scaled, 3.0)) == 4
-    eps, cond = torch.stack([noise(1, i, SHAPE) for i in range(6)]), torch.arange(6) % 3
-    each, w = [DDIM(3)(at(scaled, s), eps, cond) for s in (1.0, 3.0)], torch.tensor([1.0, 3.0, 1.0, 3.0, 3.0, 1.0])
-    mixed = DDIM(3)(at(scaled, w), eps, cond)
-    torch.testing.assert_close(mixed, torch.stack([each[int(s == 3)][i] for i, s in enumerate(w)]))
-    mixed = DDIM(3)(at(plain, w), eps, cond)
-    torch.testing.assert_close(mixed, torch.stack([DDIM(3)(at(plain, s.item()), eps, cond)[i] for i, s in enumerate(w)]))
-
-
-def test_scales_that_a_student_was_not_trained_on_are_told_once(tmp_path, caplog):
-    guidances._warn.cache_clear()
-    told, _, _ = teachers.load(saved(tmp_path / "told", denoiser(scaled=True), guidance=RANGE))
-    baked, _, _ = teachers.load(saved(tmp_path / "baked", denoiser(), guidance=3.0))
-    plain, _, _ = teachers.load(saved(tmp_path / "plain", denoiser()))
-    assert (told.guidance, baked.guidance, plain.guidance) == (RANGE, 3.0, None)
-    with caplog.at_level(logging.WARNING):
-        for model, w in ((told, 1.0), (told, 4.0), (baked, 1.0), (plain, 3.0)):
-            at(model, w)
-        for model, w in ((told, 5.0), (baked, 2.0)) * 2:
-            at(model, w)
-    assert caplog.messages == [
-        "guidance 5: this network was trained on scales from 1 to 4",
-        "guidance 2: 3.0 is in the pairs that this network was trained on already; it acts on top",
-    ]
-    with pytest.raises(ValueError, match="guidance is 'x', wanted a number"):
-        teachers.load(saved(tmp_path / "bad", denoiser(), guidance="x"))
+def test_a_mixture_without_recorded_scales_has_none(plain, latents):
+    assert Mixed([plain, latents], [1, 1]).take(0, 0, 4).guidance is None
 
 
 def test_an_empty_range_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="guidance_max: 1.0, it must be larger than guidance, 1.0"):
+    with refused("guidance_max", 1.0, "guidance"):
         collect(tmp_path, tmp_path, guidance_max=1.0)
+
+
+# Training
+
+
+class RecordingObjective(Objective):
+    """Matching that keeps the arguments of its last call."""
+
+    def __call__(self, denoiser, x, eps, cond=None, random=None):
+        self.given = denoiser, x, eps, cond
+        return Matching()(denoiser, x, eps, cond, random)
+
+
+def test_the_student_is_conditioned_on_the_scale_of_every_sample(ranged):
+    student = small_denoiser(guidance_embedded=True).requires_grad_(True)
+    objective = RecordingObjective()
+    module = Generator(student, objective, ClassLabel(3))
+    batch = ranged.read(np.arange(8))
+    batch.size = 8
+    module.training_step(batch, 0).backward()
+    conditioned, x, eps, cond = objective.given
+
+    # The objective's denoiser is the student with the batch's scales.
+    t = torch.linspace(0.1, 0.9, 8)
+    found = conditioned(x, t, cond)[0]
+    assert torch.equal(found, student(x, t, cond, w=batch.guidance)[0])
+    assert not torch.equal(found, student(x, t, cond)[0])
+    assert conditioned.interpolant is student.interpolant
+    assert conditioned.prediction is student.prediction
+    assert not conditioned.two_time
+    assert student.net.guidance_embedder.fc2.weight.grad.abs().sum() > 0
+
+    # Without scales it is the student itself.
+    module.loss(Batch(x, True, seed=0, size=8), StepRandom(batch), cond)
+    assert objective.given[0] is student
+
+
+def test_scales_that_the_network_does_not_read_are_refused(ranged):
+    module = Generator(small_denoiser(), condition=ClassLabel(3))
+    with refused("data.source", ranged.path, 1, 4, "model.denoiser.net.guidance_embedded"):
+        module.check_data(ranged)
+
+
+def test_a_conditioned_student_records_the_range_of_its_pairs(ranged, plain):
+    module = Generator(small_denoiser(guidance_embedded=True), condition=ClassLabel(3))
+    module.check_data(ranged)
+    module.check_data(plain)
+    assert module.spec["guidance"] == RANGE
+
+
+def test_another_student_records_the_scale_of_its_pairs(fixed):
+    module = Generator(small_denoiser(), condition=ClassLabel(3))
+    module.check_data(fixed)
+    assert module.spec["guidance"] == 3.0
+
+
+# Sampling
+
+
+def test_a_conditioned_student_needs_one_evaluation_instead_of_two():
+    plain = with_guidance(small_denoiser(), 3.0)
+    conditioned = with_guidance(small_denoiser(guidance_embedded=True), 3.0)
+    assert isinstance(plain, Guided)
+    assert DDIM(4).nfe(plain) == 8
+    assert isinstance(conditioned, GuidanceConditioned)
+    assert DDIM(4).nfe(conditioned) == 4
+
+
+@pytest.mark.parametrize("guidance_embedded", [True, False], ids=["conditioned", "two evaluations"])
+def test_each_sample_can_have_another_scale(guidance_embedded):
+    denoiser = small_denoiser(guidance_embedded=guidance_embedded)
+    eps = torch.stack([noise(1, i, SHAPE) for i in range(6)])
+    cond = torch.arange(6) % 3
+    w = torch.tensor([1.0, 3.0, 1.0, 3.0, 3.0, 1.0])
+    by_scale = {s: DDIM(3)(with_guidance(denoiser, s), eps, cond) for s in (1.0, 3.0)}
+    expected = torch.stack([by_scale[s][i] for i, s in enumerate(w.tolist())])
+    torch.testing.assert_close(DDIM(3)(with_guidance(denoiser, w), eps, cond), expected)
+
+
+@pytest.fixture
+def students(tmp_path):
+    """Students trained on a range of scales, on pairs of scale 3, and without guidance."""
+    ranged = save_teacher(
+        tmp_path / "ranged", small_denoiser(guidance_embedded=True), guidance=RANGE
+    )
+    fixed = save_teacher(tmp_path / "fixed", small_denoiser(), guidance=3.0)
+    plain = save_teacher(tmp_path / "plain", small_denoiser())
+    return [load_checkpoint(run)[0] for run in (ranged, fixed, plain)]
+
+
+def test_a_loaded_student_has_the_scales_that_it_was_trained_on(students):
+    assert [student.guidance for student in students] == [RANGE, 3.0, None]
+
+
+def test_scales_that_a_student_was_trained_on_give_no_warning(students, caplog):
+    guidances._warn_once.cache_clear()
+    ranged, fixed, plain = students
+    with caplog.at_level(logging.WARNING):
+        with_guidance(ranged, 1.0)
+        with_guidance(ranged, 4.0)
+        with_guidance(fixed, 1.0)
+        with_guidance(plain, 3.0)
+    assert caplog.messages == []
+
+
+def test_other_scales_give_one_warning_each(students, caplog):
+    guidances._warn_once.cache_clear()
+    ranged, fixed, _ = students
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            with_guidance(ranged, 5.0)
+            with_guidance(fixed, 2.0)
+    of_range, of_fixed = caplog.messages
+    for named in ("guidance", "5", "1", "4"):
+        assert named in of_range
+    for named in ("guidance", "2", "3.0"):
+        assert named in of_fixed
+
+
+def test_a_stored_scale_that_is_no_number_is_refused(tmp_path):
+    run = save_teacher(tmp_path / "bad", small_denoiser(), guidance="x")
+    with refused("guidance", "'x'"):
+        load_checkpoint(run)

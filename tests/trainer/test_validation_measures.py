@@ -1,6 +1,5 @@
-"""Measures of trajectories, in every validation: what is logged is true, and training does not notice."""
+"""Measures of trajectories in validation: the logged values are true, training is unchanged."""
 
-import json
 import math
 from types import SimpleNamespace
 
@@ -8,24 +7,33 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import pack
 from data.noise import noise
-from deploy.cli import main
-from models import teacher
+from data.pack import pack
+from models.checkpoint import load_checkpoint
 from models.denoiser import Denoiser
 from models.interpolant import Linear
 from models.nets.dit import DiT
 from models.prediction import Velocity
-from tests.conftest import Workspace
-from tests.distributed.runs import equal, final
+from tests.distributed.runs import equal, final_state
+from tests.helpers.commands import Workspace
+from tests.helpers.refusals import assert_refused, refused
+from tests.helpers.training import SMALL_DIT, fit_words, log_lines, small_config, spec, train
 from tests.oracle import single
-from trainer.callbacks.measures import Measures, lent
-from trainer.evaluate.measures import PARTS, trajectories
+from trainer.callbacks.trajectory_metrics import TrajectoryMetrics, averaged_weights
+from trainer.metrics.trajectories import CURVATURE_PARTS, measure_trajectories
 from trainer.module import Generator
 
-DIT = {"class_path": "DiT", "init_args": {"size": 8, "channels": 1, "patch": 4, "width": 16, "depth": 1, "heads": 2}}
-FORM = {"net": DIT, "interpolant": "Linear", "prediction": "Velocity"}
-CURVES = [f"curvature_t{i}" for i in range(PARTS)]
+CURVATURES = [f"curvature_t{i}" for i in range(CURVATURE_PARTS)]
+MEASURES = ["first_orderness", "straightness", *CURVATURES]
+
+# Entries of a configuration.
+EMA = spec("EMA", decay=0.9)
+LABELS = spec("ClassLabel", classes=3, dropout=0.5)
+CLASS_DIT = spec("DiT", **SMALL_DIT["init_args"], classes=3)
+
+
+def measures(**arguments):
+    return spec("TrajectoryMetrics", **{"samples": 6, "steps": 16, **arguments})
 
 
 @pytest.fixture(scope="module")
@@ -40,191 +48,237 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture
-def config(images, tmp_path):
-    """Return a function that writes a configuration, with callbacks, into a folder of its own; it validates every other batch."""
+def config(images):
+    """Return a function that returns a configuration with callbacks.
 
-    def write(name, callbacks, form=FORM, heldout=True, **model):
-        arguments = {"denoiser": {"class_path": "Denoiser", "init_args": form}, "objective": "Matching", **model}
-        sets = [{"class_path": "Images", "init_args": {"path": str(images / part)}} for part in ("train", "heldout")]
-        trainer = {"accelerator": "cpu", "logger": False, "max_steps": 4, "val_check_interval": 2}
-        (tmp_path / name).mkdir()
-        whole = {
-            "out": str(tmp_path / name / "run"),
-            "model": {"class_path": "Generator", "init_args": arguments},
-            "data": {"source": sets[0], "batch": 8, **({"heldout": sets[1]} if heldout else {})},
-            "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.05}},
-            "trainer": {**trainer, "callbacks": callbacks},
-            "checkpoints": {"every": 2, "keep": 9},
-            "metrics": {"every": 2},
+    The run makes four steps, validates every other batch and saves every other step.
+    """
+
+    def make(*callbacks, **arguments):
+        content = small_config(spec("Images", path=str(images / "train")), lr=0.05, **arguments)
+        content["data"]["heldout"] = spec("Images", path=str(images / "heldout"))
+        content["trainer"] |= {
+            "max_steps": 4,
+            "val_check_interval": 2,
+            "callbacks": list(callbacks),
         }
-        path = tmp_path / name / "run.yaml"
-        path.write_text(json.dumps(whole))
-        return path
+        content["checkpoints"] = {"every": 2, "keep": 9}
+        content["metrics"] = {"every": 2}
+        return content
 
-    return write
-
-
-def measures(**arguments):
-    return {"class_path": "Measures", "init_args": {"samples": 6, "steps": 16, **arguments}}
+    return make
 
 
-EMA = {"class_path": "EMA", "init_args": {"decay": 0.9}}
+def read_log(run):
+    """Return the lines of a run's log without their seconds."""
+    lines = log_lines(run)
+    for line in lines:
+        line.pop("seconds", None)
+    return lines
 
 
-def train(path, *words):
-    """Train in this process; return the run and the lines of its log, without their seconds."""
-    assert not main(["fit", "--config", str(path), *words])
-    return path.parent / "run", log(path.parent / "run")
+def validations(run):
+    """Return the lines of a run's log that validations wrote, by step."""
+    return {line["step"]: line for line in read_log(run) if "heldout_loss" in line}
 
 
-def log(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def validated(lines):
-    return {line["step"]: line for line in lines if "heldout_loss" in line}
-
-
-def flat(found):
+def flatten(found):
+    """Return measures of trajectories as one list of numbers."""
     return [found["first_orderness"], found["straightness"], *found["curvature"]]
 
 
 def logged(line):
-    return [line[key] for key in ("first_orderness", "straightness", *CURVES)]
+    """Return the measures in a line of the log, in the order of `flatten`."""
+    return [line[key] for key in MEASURES]
 
 
 def noises(count=6, seed=2):
     return torch.stack([noise(seed, i, (1, 8, 8)) for i in range(count)])
 
 
-@pytest.mark.parametrize("callbacks", [[EMA, measures()], [measures(), EMA], [measures()]])
-def test_a_line_tells_the_measures_of_its_steps_checkpoint(config, callbacks):
-    """With an EMA those of the averages, as all that is made of a checkpoint."""
-    run, lines = train(config("told", callbacks, {**FORM, "net": told()}, condition=LABELS))
-    assert list(validated(lines)) == [2, 4] and len(lines) == 4
-    for step, line in validated(lines).items():
-        denoiser = teacher.load(run / f"checkpoints/step={step:09d}.ckpt")[0]
-        found = trajectories(denoiser, noises(), torch.arange(6) % 3, steps=16)
-        assert logged(line) == pytest.approx(flat(found), rel=1e-4) and found["first_orderness"] > 1e-4
-        assert line.keys() == {"step", "heldout_loss", "first_orderness", "straightness", *CURVES}
+def load_saved(run, step):
+    """Return the denoiser that a run saved after a step."""
+    return load_checkpoint(run / f"checkpoints/step={step:09d}.ckpt")[0]
 
 
-def told():
-    return {**DIT, "init_args": {**DIT["init_args"], "classes": 3}}
-
-
-LABELS = {"class_path": "ClassLabel", "init_args": {"classes": 3, "dropout": 0.5}}
-
-
-def test_training_does_not_notice(config):
-    """Weights, averages, moments and costs are the same bit for bit; so is all else that the log says."""
-    form = {**FORM, "net": told()}
-    plain, lines = train(config("plain", [EMA], form, condition=LABELS))
-    measured, more = train(config("measured", [EMA, measures()], form, condition=LABELS))
-    assert equal(final(plain, 4), final(measured, 4)) and final(plain, 4)["evaluations"] == 4 * 8
-    names = {"first_orderness", "straightness", *CURVES}
-    assert [{key: value for key, value in line.items() if key not in names} for line in more] == lines
-
-
-def test_a_gaussians_curve_on_linear(config):
-    """UnitNet of a net that says nothing is the exact denoiser of N(0, 1): eps_hat = sigma / S eps, S^2 = alpha^2 + sigma^2."""
-    unit = {"class_path": "UnitNet", "init_args": {"net": DIT, "interpolant": "Linear", "prediction": "Velocity"}}
-    path = config("gaussian", [measures(steps=64)], {**FORM, "net": unit})
-    _, lines = train(path, "--optimizer.lr", "0", "--trainer.max_steps", "2")
-    line, eps = validated(lines)[2], noises()
-    assert logged(line) == pytest.approx(flat(trajectories(single(Linear(), 0.0, 1.0), eps, steps=64)), rel=1e-4)
-    t = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    hat = t / torch.hypot(1 - t, t)
-    assert line["first_orderness"] == pytest.approx(2 * hat.var().item() * eps.square().mean().item(), rel=0.05)
-
-
-def test_a_points_curves_on_an_arc(config):
-    """A net that says 0 is the denoiser of the one point 0: x_t = sin(pi t / 2) eps at every step, first-order, not straight."""
-    path = config("point", [measures(samples=5)], {**FORM, "interpolant": "Trigonometric", "prediction": "Data"})
-    _, lines = train(path, "--optimizer.lr", "0", "--trainer.max_steps", "2")
-    line, square = validated(lines)[2], noises(5).square().mean().item()
-    rates = [math.pi / 2 * math.cos(math.pi / 2 * k / 16) for k in range(1, 17)]
-    assert line["first_orderness"] == pytest.approx(0, abs=1e-9)
-    assert line["straightness"] == pytest.approx(square * sum((1 - rate) ** 2 for rate in rates) / 16, rel=1e-4)
-    bends = [[] for _ in range(PARTS)]
-    for k in range(1, 16):  # between k / 16 and (k + 1) / 16
-        bends[int((2 * k + 1) / 32 * PARTS)].append(square * (16 * (rates[k] - rates[k - 1])) ** 2)
-    assert [line[key] for key in CURVES] == pytest.approx([sum(part) / len(part) for part in bends], rel=1e-3)
-
-
-def test_parts_of_a_batch_and_few_steps(config):
-    """Validation follows batches, of which two make a step here."""
-    _, lines = train(config("parts", [measures(steps=3, samples=2)]), "--trainer.accumulate_grad_batches", "2")
-    assert list(validated(lines)) == [1, 2, 3, 4] and {line["evaluations"] for line in lines if "loss" in line} == {16, 32}
-    assert [key for key in CURVES if key in validated(lines)[2]] == ["curvature_t4", "curvature_t6"]
-
-
-def test_a_resumed_run_measures_on(config):
-    _, whole = train(config("whole", [EMA, measures()]))
-    path = config("part", [EMA, measures()])
-    train(path, "--trainer.max_steps", "3")
-    _, lines = train(path)
-    assert validated(lines) == validated(whole)
-
-
-def in_two(tmp_path, path, strategy):
-    """Train in two processes, validating after every step; return the run."""
-    words = ("--trainer.devices", "2", "--trainer.strategy", strategy, "--trainer.val_check_interval", "1")
-    Workspace(tmp_path).rectify("fit", "--config", path, *words, processes=2)
-    return path.parent / "run"
-
-
-def agree(run):
-    """Check that all noises count alike in what is logged, whoever walked from them."""
-    lines = validated(log(run))
-    for step in (2, 4):
-        found = trajectories(teacher.load(run / f"checkpoints/step={step:09d}.ckpt")[0], noises(5), steps=16)
-        assert logged(lines[step]) == pytest.approx(flat(found), rel=1e-4)
-    assert list(lines) == [1, 2, 3, 4]
-
-
-def test_two_processes_share_the_walks(config, tmp_path):
-    agree(in_two(tmp_path, config("run", [EMA, measures(samples=5)]), "ddp"))
-
-
-def test_sharded_averages_are_measured_and_training_does_not_notice(config, tmp_path):
-    plain, measured = (config(name, [EMA, *more]) for name, more in (("plain", []), ("measured", [measures(samples=5)])))
-    plain, measured = (in_two(tmp_path, path, "fsdp2") for path in (plain, measured))
-    agree(measured)
-    assert equal(final(plain, 4), final(measured, 4))
-
-
-def test_lent_weights_go_back_also_after_an_error():
-    net = torch.nn.Linear(3, 3)
-    own = {name: value.clone() for name, value in net.state_dict().items()}
-    other = {name: value + 1 for name, value in own.items()}
-    with pytest.raises(ZeroDivisionError), lent(net, other):
-        assert equal(dict(net.state_dict()), other)
-        raise ZeroDivisionError
-    assert equal(dict(net.state_dict()), own)
-    with lent(net, {}):
-        assert equal(dict(net.state_dict()), own)
+# Values
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
-    [({"samples": 0}, "samples is 0"), ({"steps": 1}, "steps is 1"), ({"seed": -1}, "seed is -1")],
+    "callbacks",
+    [[EMA, measures()], [measures(), EMA], [measures()]],
+    ids=["averages first", "averages last", "no averages"],
 )
-def test_arguments_out_of_range_are_refused(arguments, said):
-    with pytest.raises(ValueError, match=f"Measures: {said}, it must"):
-        Measures(**arguments)
+def test_a_validation_logs_the_measures_of_the_saved_weights(config, tmp_path, callbacks):
+    """With an EMA they are those of the averages."""
+    content = config(*callbacks, net=CLASS_DIT, condition=LABELS)
+    run = train(content, tmp_path / "run")
+    assert list(validations(run)) == [2, 4]
+    assert len(read_log(run)) == 4
+    for step, line in validations(run).items():
+        found = measure_trajectories(load_saved(run, step), noises(), torch.arange(6) % 3, steps=16)
+        assert logged(line) == pytest.approx(flatten(found), rel=1e-4)
+        assert found["first_orderness"] > 1e-4
+        assert line.keys() == {"step", "heldout_loss", *MEASURES}
 
 
-def test_runs_with_nothing_to_measure_are_refused(config, images, capfd):
-    assert main(["fit", "--config", str(config("alone", [measures()], heldout=False))]) == 2
-    assert "Measures: measures when the run validates, but there is no data.heldout" in capfd.readouterr().err
-    path = config("wrong", [measures()])
-    told = json.loads(path.read_text())
-    told["model"] = {"class_path": "Autoencoder", "init_args": {"image_channels": 1}}
-    path.write_text(json.dumps(told))
-    assert main(["fit", "--config", str(path)]) == 2
-    assert "Measures: measures generators, not Autoencoder; leave it out" in capfd.readouterr().err
-    run, net = SimpleNamespace(world_size=65, datamodule=SimpleNamespace(heldout=images)), DiT(**DIT["init_args"])
-    with pytest.raises(ValueError, match=r"samples \(64\) must be at least the number of processes, 65"):
-        Measures().setup(run, Generator(Denoiser(net, Linear(), Velocity())), "fit")
+def untrained_line(content, run):
+    """Return the validation's line of a run whose weights stay as they are."""
+    train(content, run, "--optimizer.lr", 0, steps=2)
+    return validations(run)[2]
+
+
+def test_the_measures_of_a_gaussian_on_linear(config, tmp_path):
+    """UnitVariance with an output of zero is the exact denoiser of N(0, 1).
+
+    eps_hat = sigma / S eps with S^2 = alpha^2 + sigma^2.
+    """
+    unit = spec("UnitVariance", net=SMALL_DIT, interpolant="Linear", prediction="Velocity")
+    line = untrained_line(config(measures(steps=64), net=unit), tmp_path / "run")
+    eps = noises()
+    found = measure_trajectories(single(Linear(), 0.0, 1.0), eps, steps=64)
+    assert logged(line) == pytest.approx(flatten(found), rel=1e-4)
+    t = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    hat = t / torch.hypot(1 - t, t)
+    wanted = 2 * hat.var().item() * eps.square().mean().item()
+    assert line["first_orderness"] == pytest.approx(wanted, rel=0.05)
+
+
+def test_the_measures_of_a_point_on_an_arc(config, tmp_path):
+    """A network with an output of zero that predicts data is the denoiser of the point 0.
+
+    x_t = sin(pi t / 2) eps at every step: of first order, not straight.
+    """
+    content = config(measures(samples=5), interpolant="Trigonometric", prediction="Data")
+    line = untrained_line(content, tmp_path / "run")
+    square = noises(5).square().mean().item()
+    derivatives = [math.pi / 2 * math.cos(math.pi / 2 * k / 16) for k in range(1, 17)]
+    assert line["first_orderness"] == pytest.approx(0, abs=1e-9)
+    straightness = square * sum((1 - rate) ** 2 for rate in derivatives) / 16
+    assert line["straightness"] == pytest.approx(straightness, rel=1e-4)
+
+    # The bend between k / 16 and (k + 1) / 16 belongs to the part of its midpoint.
+    bends = [[] for _ in range(CURVATURE_PARTS)]
+    for k in range(1, 16):
+        part = int((2 * k + 1) / 32 * CURVATURE_PARTS)
+        bends[part].append(square * (16 * (derivatives[k] - derivatives[k - 1])) ** 2)
+    curvature = [sum(part) / len(part) for part in bends]
+    assert [line[key] for key in CURVATURES] == pytest.approx(curvature, rel=1e-3)
+
+
+def test_parts_of_the_curvature_without_a_step_are_not_logged(config, tmp_path):
+    run = train(config(measures(steps=3, samples=2)), tmp_path / "run")
+    found = [key for key in CURVATURES if key in validations(run)[2]]
+    assert found == ["curvature_t4", "curvature_t6"]
+
+
+def test_validation_follows_batches_if_gradients_are_accumulated(config, tmp_path):
+    """Two batches make a step, so that a validation follows every step."""
+    content = config(measures(steps=3, samples=2))
+    run = train(content, tmp_path / "run", "--trainer.accumulate_grad_batches", 2)
+    assert list(validations(run)) == [1, 2, 3, 4]
+    counts = {line["evaluations"] for line in read_log(run) if "loss" in line}
+    assert counts == {16, 32}
+
+
+# Training is unchanged
+
+
+def test_measuring_does_not_change_training(config, tmp_path):
+    """Weights, averages, moments and costs are the same bit for bit, and so is the log."""
+    model = {"net": CLASS_DIT, "condition": LABELS}
+    plain = train(config(EMA, **model), tmp_path / "plain")
+    measured = train(config(EMA, measures(), **model), tmp_path / "measured")
+    assert equal(final_state(plain, 4), final_state(measured, 4))
+    assert final_state(plain, 4)["evaluations"] == 4 * 8
+    lines = read_log(measured)
+    for line in lines:
+        for name in MEASURES:
+            line.pop(name, None)
+    assert lines == read_log(plain)
+
+
+def test_a_resumed_run_logs_the_same_measures(config, tmp_path):
+    content = config(EMA, measures())
+    uninterrupted = train(content, tmp_path / "uninterrupted")
+    resumed = train(content, tmp_path / "resumed", steps=3)
+    train(content, resumed)
+    assert validations(resumed) == validations(uninterrupted)
+
+
+def test_replaced_weights_come_back_also_after_an_error():
+    net = torch.nn.Linear(3, 3)
+    original = {name: value.clone() for name, value in net.state_dict().items()}
+    other = {name: value + 1 for name, value in original.items()}
+    with pytest.raises(ZeroDivisionError), averaged_weights(net, other):
+        assert equal(dict(net.state_dict()), other)
+        raise ZeroDivisionError
+    assert equal(dict(net.state_dict()), original)
+
+
+def test_replacing_no_weights_leaves_the_network_as_it_is():
+    net = torch.nn.Linear(3, 3)
+    original = {name: value.clone() for name, value in net.state_dict().items()}
+    with averaged_weights(net, {}):
+        assert equal(dict(net.state_dict()), original)
+
+
+# Two processes
+
+
+def train_in_two(content, run, strategy):
+    """Train in two processes and validate after every step; return the run."""
+    two = ("--trainer.devices", 2, "--trainer.strategy", strategy)
+    words = fit_words(content, run, *two, "--trainer.val_check_interval", 1)
+    Workspace(run.parent).rectify(*words, processes=2)
+    return run
+
+
+def assert_measures_of_five_noises(run):
+    """Check that the logged measures are means over all five noises, three on one process."""
+    lines = validations(run)
+    assert list(lines) == [1, 2, 3, 4]
+    for step in (2, 4):
+        found = measure_trajectories(load_saved(run, step), noises(5), steps=16)
+        assert logged(lines[step]) == pytest.approx(flatten(found), rel=1e-4)
+
+
+def test_two_processes_share_the_trajectories(config, tmp_path):
+    content = config(EMA, measures(samples=5))
+    assert_measures_of_five_noises(train_in_two(content, tmp_path / "run", "ddp"))
+
+
+def test_sharded_averages_are_measured_and_training_is_unchanged(config, tmp_path):
+    plain = train_in_two(config(EMA), tmp_path / "plain", "fsdp2")
+    content = config(EMA, measures(samples=5))
+    measured = train_in_two(content, tmp_path / "measured", "fsdp2")
+    assert_measures_of_five_noises(measured)
+    assert equal(final_state(plain, 4), final_state(measured, 4))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(("key", "value"), [("samples", 0), ("steps", 1), ("seed", -1)])
+def test_arguments_out_of_range_are_refused(key, value):
+    with refused("TrajectoryMetrics", key, value):
+        TrajectoryMetrics(**{key: value})
+
+
+def test_a_run_without_heldout_data_is_refused(config, tmp_path, capfd):
+    content = config(measures())
+    del content["data"]["heldout"]
+    assert_refused(capfd, fit_words(content, tmp_path / "run"), "TrajectoryMetrics", "data.heldout")
+
+
+def test_a_run_without_a_generator_is_refused(config, tmp_path, capfd):
+    content = config(measures())
+    content["model"] = spec("Autoencoder", image_channels=1)
+    assert_refused(capfd, fit_words(content, tmp_path / "run"), "TrajectoryMetrics", "Autoencoder")
+
+
+def test_more_processes_than_samples_are_refused(images):
+    run = SimpleNamespace(world_size=65, datamodule=SimpleNamespace(heldout=images))
+    net = DiT(**SMALL_DIT["init_args"])
+    with refused("TrajectoryMetrics", "samples", 64, 65):
+        TrajectoryMetrics().setup(run, Generator(Denoiser(net, Linear(), Velocity())), "fit")

@@ -1,1 +1,1 @@
-"""What a run does beside its steps: average, save, tell."""
+"""Lightning callbacks: checkpoints, averages of weights, the log, metrics and failure handling."""

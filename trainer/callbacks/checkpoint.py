@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there."""
+"""Checkpoints at regular steps, before preemption and at the end of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -7,99 +7,123 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from data.files import atomic, remove, sweep
-from models import teacher
-from models.tensors import save_nested
-from trainer.callbacks.watch import Watch
-from trainer.fsdp import FSDP2, local
+from data.files import remove, remove_leftovers
+from trainer.callbacks.loss_guard import LossGuard
+from trainer.engine.fsdp import FSDP2, to_local
 
-
-class WholeFiles(TorchCheckpointIO):
-    """Writes checkpoints atomically, and reads them as `models.teacher.read` does: no code is run, a torn file is named."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint under a temporary name, and rename it."""
-        with atomic(Path(path)) as file:
-            save_nested(checkpoint, file)
-
-    def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
-        """Return the checkpoint, on the CPU."""
-        return teacher.read(path)
+PATTERN = "step=*.ckpt"  # the names of a run's checkpoints
 
 
-def check(trainer: Trainer) -> None:
-    """Raise on all ranks if a weight is no longer finite on any."""
-    weights = [local(value.detach()) for value in trainer.lightning_module.parameters()]
-    finite = bool(torch.stack(torch._foreach_norm(weights)).isfinite().all())
+def check_weights_finite(trainer: Trainer) -> None:
+    """Raise on all ranks if a weight is not finite on any rank."""
+    weights = [to_local(value.detach()) for value in trainer.lightning_module.parameters()]
+    norms = torch.stack(torch._foreach_norm(weights))
+    finite = bool(norms.isfinite().all())
     if trainer.strategy.reduce_boolean_decision(not finite, all=False):
         raise FloatingPointError(
-            f"{trainer.default_root_dir}: the weights after step {trainer.global_step} are not finite, though its loss was; the "
-            "last good checkpoint is kept; lower optimizer.lr or set trainer.gradient_clip_val, and run again"
+            f"{trainer.default_root_dir}: the weights after step {trainer.global_step} are not "
+            "finite, though its loss was; the last good checkpoint is kept; lower optimizer.lr or "
+            "set trainer.gradient_clip_val, and run again"
         )
 
 
-def validated(trainer: Trainer) -> bool:
-    """Tell whether this batch is one that held-out batches follow."""
-    every, batches = trainer.val_check_batch, trainer.fit_loop.total_batch_idx + 1
-    if trainer.check_val_every_n_epoch is not None or not isinstance(every, int):
-        return False  # where Lightning counts otherwise than in batches of the whole run, a checkpoint does not wait
-    return batches % every == 0 and trainer.enable_validation and any(trainer.num_val_batches)
+def is_followed_by_validation(trainer: Trainer) -> bool:
+    """Return whether a validation follows the batch that has just been trained on.
+
+    It is False where Lightning counts batches within epochs: checkpoints do not wait there.
+    """
+    interval = trainer.val_check_batch
+    if trainer.check_val_every_n_epoch is not None or not isinstance(interval, int):
+        return False
+    batches = trainer.fit_loop.total_batch_idx + 1
+    return batches % interval == 0 and trainer.enable_validation and any(trainer.num_val_batches)
 
 
 class Checkpoints(Checkpoint):
-    """Saves `checkpoints/step=N.ckpt` every so often and at the end, keeping the newest few.
+    """Saves `checkpoints/step=N.ckpt` at regular steps and at the end, and keeps the newest few.
 
     Args:
         every: optimizer steps between checkpoints.
-        keep: how many to keep, at least 1.
+        keep: number of checkpoints to keep, at least 1.
     """
 
     def __init__(self, every: int = 500, keep: int = 2):
         if every < 1 or keep < 1:
-            raise ValueError(f"Checkpoints: every ({every}) and keep ({keep}) must be at least 1")
-        self.every, self.keep, self.saved = every, keep, -1
+            raise ValueError(
+                f"Checkpoints: every is {every}, and keep is {keep}; both must be at least 1"
+            )
+        self.every = every
+        self.keep = keep
+        self.saved = -1  # the step of the last checkpoint; -1 before training starts
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse ranks that see different checkpoints: some would begin anew while others go on."""
-        if trainer.world_size > 1:
-            newest = [path.name for path in sorted(self._folder(trainer).glob("step=*.ckpt"))[-1:]]
-            seen: list[list[str]] = [[]] * trainer.world_size
-            dist.all_gather_object(seen, newest)
-            if any(names != seen[0] for names in seen):
-                told = "; ".join(f"rank {rank}: {(names or ['none'])[0]}" for rank, names in enumerate(seen))
-                raise ValueError(f"{self._folder(trainer)}: ranks see different newest checkpoints ({told}); share the folder")
+        """Check that all ranks find the same newest checkpoint.
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Begin with a whole step, whatever part of one was reached and however many parts it now has."""
+        Otherwise some would start from the beginning while others resume.
+        """
+        if trainer.world_size == 1:
+            return
+        folder = self._folder(trainer)
+        names = sorted(path.name for path in folder.glob(PATTERN))
+        newest = names[-1] if names else "none"
+        of_ranks = [""] * trainer.world_size
+        dist.all_gather_object(of_ranks, newest)
+        if any(name != of_ranks[0] for name in of_ranks):
+            listing = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(of_ranks))
+            raise ValueError(
+                f"{folder}: ranks find different newest checkpoints ({listing}); "
+                "put the run folder on a file system that all nodes share"
+            )
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Resume at the start of an optimizer step.
+
+        A checkpoint may have been saved between two accumulated batches of a step, and the number
+        of accumulated batches may have changed since.
+        """
         batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for part in ("total", "current"):
-            progress[part] |= {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}
+            progress[part] |= {
+                "ready": batches,
+                "started": batches,
+                "processed": batches,
+                "completed": batches - 1,
+            }
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove what a killed process left half-written."""
+        """Remove incomplete files that a killed process left."""
         self.saved = trainer.global_step
         if trainer.is_global_zero:
-            sweep(self._folder(trainer), "step=*")
+            remove_leftovers(self._folder(trainer), "step=*")
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Save when a checkpoint is due, or the run is to stop here; if this step is validated first, after that."""
-        if trainer.should_stop or (trainer.global_step % self.every == 0 and not validated(trainer)):
+        """Save if a checkpoint is due or the run is about to stop.
+
+        If a validation follows this step, `on_validation_end` saves instead.
+        """
+        is_due = trainer.global_step % self.every == 0
+        if trainer.should_stop or (is_due and not is_followed_by_validation(trainer)):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what is due: a checkpoint's log holds its step's held-out loss, wherever the run is killed."""
+        """Save if a checkpoint is due.
+
+        The log then has the held-out loss of a checkpoint's step, whenever the run is killed.
+        """
         if trainer.global_step % self.every == 0 and not trainer.sanity_checking:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the end, and wait until it has its name."""
+        """Save the last step, and wait until its checkpoint is complete."""
         self._save(trainer)
         if isinstance(trainer.strategy, FSDP2):
-            trainer.strategy.finish()
-            trainer.strategy.barrier("checkpoints")  # no rank leaves while another still hears how its last one went
+            trainer.strategy.wait_for_checkpoint()
+            # No rank exits while others still exchange whether the checkpoint was written.
+            trainer.strategy.barrier("checkpoints")
         self._prune(trainer)
 
     def _folder(self, trainer: Trainer) -> Path:
@@ -108,16 +132,19 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self.saved:
             return
+        # Never save a bad state. The loss may be finite while its gradient is not.
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Watch):
-                callback.look(trainer)  # a bad state is never saved:
-        check(trainer)  # a loss may be finite and its gradient not
+            if isinstance(callback, LossGuard):
+                callback.check_losses(trainer)
+        check_weights_finite(trainer)
+
+        # Save, and delete older checkpoints.
         self.saved = trainer.global_step
-        path = self._folder(trainer) / f"step={self.saved:09d}.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(self._folder(trainer) / f"step={self.saved:09d}.ckpt")
         self._prune(trainer)
 
     def _prune(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
-            for old in sorted(self._folder(trainer).glob("step=*.ckpt"))[: -self.keep]:
-                remove(old)
+            paths = sorted(self._folder(trainer).glob(PATTERN))
+            for path in paths[: -self.keep]:
+                remove(path)

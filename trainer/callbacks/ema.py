@@ -8,80 +8,120 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data.files import atomic
-from models.tensors import packed
-from trainer.fsdp import local
-from trainer.posthoc import exponent
+from data.files import atomic_file
+from models.tensors import to_safetensors
+from trainer.engine.fsdp import to_local
+from trainer.posthoc_ema import exponent
 
 
-def full(value: Tensor) -> Tensor:
-    """Return a whole weight, gathered from all ranks if need be."""
-    return (value.full_tensor() if isinstance(value, DTensor) else value).contiguous()
+def to_full(value: Tensor) -> Tensor:
+    """Return a whole tensor; a sharded one is gathered from all ranks."""
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole.contiguous()
 
 
-def alike(value: Tensor, weight: Tensor) -> Tensor:
-    """Return a copy of a value, placed as a weight is."""
+def copy_like(value: Tensor, weight: Tensor) -> Tensor:
+    """Return a copy of a tensor, on the device of a weight and sharded like it."""
     if isinstance(weight, DTensor) and not isinstance(value, DTensor):
         return distribute_tensor(value.detach(), weight.device_mesh, weight.placements)
     return value.detach().to(weight.device, copy=True)
 
 
 class EMA(Callback):
-    """Averages the float32 weights of `module.denoiser` after every optimizer step; checkpoints carry them.
+    """Averages the float32 weights of `module.denoiser` after every optimizer step.
 
-    The average with `decay` is what is loaded, exported and collected from. Those of `widths` have power-function profiles
-    (EDM2, 2312.02696) and are also kept in RUN/ema at every checkpoint: `rectify ema` makes any other width of them.
+    Checkpoints contain the averages. The average with `decay` is the one that other commands load,
+    export and collect from. Those of `widths` have power-function profiles (EDM2, Karras et al.
+    2023, arXiv 2312.02696, section 3). They are also kept in RUN/ema at every checkpoint, from
+    which `rectify ema` reconstructs an average of any other width.
 
     Args:
-        decay: weight of the past in one step, in [0, 1); early on (1 + step) / (10 + step) is used if smaller.
-        widths: relative standard deviations of further profiles, in (0, 0.28), say [0.05, 0.1].
+        decay: weight of the past in one step, in [0, 1); early on (1 + step) / (10 + step) is used
+            if it is smaller.
+        widths: relative standard deviations of further profiles, in (0, 0.28), e.g. [0.05, 0.1].
     """
 
     def __init__(self, decay: float = 0.999, widths: list[float] | None = None):
         if not 0 <= decay < 1:
-            raise ValueError(f"EMA: decay is {decay}, it must lie in [0, 1)")
-        self.decay, self.widths, self.step = decay, widths or [], -1
+            raise ValueError(f"EMA: decay is {decay}; it must lie in [0, 1)")
+        self.decay = decay
+        self.widths = widths or []
+        self.step = -1
         self.powers = {f"{width:g}": exponent(width) for width in self.widths}
-        self.averages: dict[str, dict[str, Tensor]] = {}
+        self.averages: dict[str, dict[str, Tensor]] = {}  # by profile; "" is that with `decay`
 
-    def _decays(self) -> dict[str, float]:
-        """Return every profile's weight of the past at this step."""
-        plain = min(self.decay, (1 + self.step) / (10 + self.step))
-        return {"": plain} | {name: (1 - 1 / self.step) ** (power + 1) for name, power in self.powers.items()}
+    def _compute_decays(self) -> dict[str, float]:
+        """Return the weight of the past in this step, by profile."""
+        decays = {"": min(self.decay, (1 + self.step) / (10 + self.step))}
+        for name, power in self.powers.items():
+            decays[name] = (1 - 1 / self.step) ** (power + 1)
+        return decays
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with the weights as they are, unless a checkpoint brought averages."""
-        now = pl_module.denoiser.state_dict()  # type: ignore[union-attr]
+        """Start with the current weights, or with the averages of a checkpoint."""
+        weights = pl_module.denoiser.state_dict()  # type: ignore[union-attr]
         self.step = trainer.global_step
         for name in ("", *self.powers):
-            kept = self.averages.get(name)
-            self.averages[name] = {k: alike(kept[k] if kept else v, v) for k, v in now.items()}
-        pl_module.denoiser.averages = self.averages[""]  # type: ignore[union-attr]  # for objectives that ask them
+            start = self.averages.get(name) or weights
+            averages = {}
+            for key, weight in weights.items():
+                averages[key] = copy_like(start[key], weight)
+            self.averages[name] = averages
+        # Some objectives evaluate the denoiser with its averages.
+        pl_module.denoiser.averages = self.averages[""]  # type: ignore[union-attr]
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Move the averages towards the weights, once an optimizer step."""
+        """Move the averages towards the weights, once per optimizer step."""
         if trainer.global_step == self.step:
             return  # gradients are still accumulating
         self.step = trainer.global_step
-        now = [local(value) for value in pl_module.denoiser.state_dict().values()]  # type: ignore[union-attr]
-        for name, decay in self._decays().items():
-            torch._foreach_lerp_([local(value) for value in self.averages[name].values()], now, 1 - decay)
+        state = pl_module.denoiser.state_dict()  # type: ignore[union-attr]
+        weights = [to_local(value) for value in state.values()]
+        for name, decay in self._compute_decays().items():
+            averages = [to_local(value) for value in self.averages[name].values()]
+            torch._foreach_lerp_(averages, weights, 1 - decay)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the averages to the checkpoint, and keep the profiles' own snapshot."""
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the averages to the checkpoint, and write a snapshot of the profiles to RUN/ema."""
+        # The checkpoint.
         checkpoint["ema"] = self.averages[""]
         checkpoint["ema_profiles"] = {name: self.averages[name] for name in self.powers}
-        flat = {f"{name}/{key}": full(value) for name in self.powers for key, value in self.averages[name].items()}
-        if flat and trainer.is_global_zero:
-            path = Path(trainer.default_root_dir) / "ema" / f"step={self.step:09d}.safetensors"
-            with atomic(path) as file:
-                file.write(packed(flat, {"step": str(self.step)}))
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the averages up where they were."""
+        # The snapshot: all ranks gather its tensors, the first one writes it.
+        snapshot = {}
+        for name in self.powers:
+            for key, value in self.averages[name].items():
+                snapshot[f"{name}/{key}"] = to_full(value)
+        if snapshot and trainer.is_global_zero:
+            path = Path(trainer.default_root_dir) / "ema" / f"step={self.step:09d}.safetensors"
+            with atomic_file(path) as file:
+                file.write(to_safetensors(snapshot, {"step": str(self.step)}))
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Load the averages of a checkpoint."""
+        run = trainer.default_root_dir
         if "ema" not in checkpoint:
-            raise ValueError(f"{trainer.default_root_dir}: was trained without EMA; it cannot be added half-way")
-        if missing := self.powers.keys() - checkpoint["ema_profiles"].keys():
-            raise ValueError(f"{trainer.default_root_dir}: EMA widths {sorted(missing)} were not averaged from the start")
+            raise ValueError(
+                f"{run}: was trained without EMA, which cannot be added later; "
+                "remove it from trainer.callbacks, or start another run"
+            )
+        missing = self.powers.keys() - checkpoint["ema_profiles"].keys()
+        if missing:
+            raise ValueError(
+                f"{run}: EMA widths {sorted(missing)} were not averaged from the start; "
+                "remove them, or start another run"
+            )
         self.averages = {"": checkpoint["ema"], **checkpoint["ema_profiles"]}
+
+
+def find_averages(trainer: Trainer) -> dict[str, Tensor]:
+    """Return the averages, with `decay`, of a run's EMA; none if the run has no EMA."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EMA):
+            return callback.averages.get("", {})
+    return {}

@@ -1,4 +1,4 @@
-"""Objectives: the scalar loss for data x coupled with noise eps. One file each."""
+"""Objectives: the loss of data x coupled with noise eps, one file for each."""
 
 from trainer.objectives.base import Objective
 from trainer.objectives.consistency import Consistency
@@ -10,7 +10,7 @@ from trainer.objectives.phased import Phased
 from trainer.objectives.progressive import Progressive
 from trainer.objectives.regression import Regression
 from trainer.objectives.shortcut import Shortcut
-from trainer.objectives.stations import Stations
+from trainer.objectives.step_maps import StepMaps
 
 __all__ = [
     "Consistency",
@@ -23,5 +23,5 @@ __all__ = [
     "Progressive",
     "Regression",
     "Shortcut",
-    "Stations",
+    "StepMaps",
 ]

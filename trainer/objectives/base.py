@@ -1,31 +1,59 @@
-"""What every objective is."""
+"""The interface of all objectives, and what they read of a denoiser."""
 
 from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from models.prediction import Prediction, Velocity
 from models.sampler import DenoiserLike
-from trainer.draws import Draws
+from trainer.step_random import StepRandom
 
 
 class Objective(ABC):
-    """What a training step minimises."""
+    """The loss that a training step minimises."""
 
-    derives = False  # whether it differentiates the network forward, which cannot be computed again for the backward pass
-    rests = False  # whether the last batch was not for the denoiser, which then stays as it is in this step
-    rate = 1.0  # learning rate of its own networks over that of the denoiser
-    seen: tuple[Tensor, Tensor] | None = None  # times and errors of the last batch's samples, (B,) each: for the watch
+    uses_jvp = False
+    """Whether it differentiates the network in forward mode, which excludes recomputation."""
+
+    learning_rate_ratio = 1.0
+    """Learning rate of the objective's networks, relative to that of the denoiser."""
+
+    student_frozen = False
+    """Whether the last loss was for the objective's networks alone, not for the denoiser."""
+
+    per_sample: tuple[Tensor, Tensor] | None = None
+    """(times, distances) of the samples of the last batch, (B,) each, for logging."""
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The networks that it owns beside the denoiser, by name: trained with it and kept in checkpoints."""
+        """The objective's networks, by name: trained with the denoiser and checkpointed."""
         return {}
 
     @abstractmethod
     def __call__(
-        self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, cond: Tensor | None = None, draws: Draws | None = None
+        self,
+        denoiser: DenoiserLike,
+        x: Tensor,
+        eps: Tensor,
+        cond: Tensor | None = None,
+        random: StepRandom | None = None,
     ) -> Tensor:
-        """Return the mean loss, a scalar, of x coupled with eps, both (B, C, H, W).
+        """Return the mean loss, a scalar, of data x coupled with noise eps.
 
-        Random numbers come from `draws`; without it, from torch's global generator.
+        Args:
+            denoiser: the student, called as denoiser(x_t, t, cond).
+            x: data, (B, C, H, W).
+            eps: noise, (B, C, H, W).
+            cond: encoded condition, if any.
+            random: source of random numbers; torch's global generator by default.
         """
+
+
+def is_two_time(denoiser: DenoiserLike) -> bool:
+    """Return whether the denoiser's network reads a second time, the end of a step."""
+    return getattr(denoiser, "two_time", False)
+
+
+def prediction_of(denoiser: DenoiserLike) -> Prediction:
+    """Return what the denoiser's network predicts; Velocity for an analytic denoiser."""
+    return getattr(denoiser, "prediction", None) or Velocity()

@@ -1,4 +1,4 @@
-"""Distribution matching: the student's samples are pushed from where a fake denoiser sees them to where the teacher does."""
+"""Distribution matching distillation: one-step samples are moved towards the teacher's."""
 
 import copy
 
@@ -9,100 +9,174 @@ from torch.nn.functional import softplus
 from models.denoiser import Denoiser
 from models.interpolant import Interpolant, expand
 from models.nets import Net
-from models.prediction import Data, Prediction, Velocity
+from models.prediction import Data
 from models.sampler import DDIM, DenoiserLike
-from trainer.draws import Draws, normal, uniform
-from trainer.errors import Error, Squared
-from trainer.objectives.base import Objective
-from trainer.objectives.frozen import Frozen
-from trainer.times import Times, Uniform
-from trainer.weights import Weight
+from trainer.objectives.base import Objective, prediction_of
+from trainer.objectives.parts.distances import Distance, Squared, mean_per_sample
+from trainer.objectives.parts.time_distributions import TimeDistribution, Uniform
+from trainer.objectives.parts.weightings import Weighting
+from trainer.objectives.teachers import FrozenTeacher
+from trainer.step_random import StepRandom, draw_normal, draw_stratified
 
-EDGE = 0.02  # t is kept off both ends, as by DMD's authors: near the data neither denoiser has anything to say
+# t is kept this far off 0 and 1, as in DMD: close to the data both denoisers return x_t itself.
+TIME_MARGIN = 0.02
 
 
 class DistributionMatching(Objective):
-    """The gradient of KL(student || teacher) over the noise levels, in samples x of one step (DMD2, 2405.14867; 2311.18828).
+    """The gradient of KL(student || teacher) over all noise levels, for one-step samples x.
 
-    A fake denoiser, begun as the teacher, learns the student's samples as they are, and the student moves its samples by
-    w (x_fake - x_teacher), what the two see in the same noised sample: w = (alpha / sigma)^2 is the KL's own, which is zero
-    where the laws agree. Of the batch only noise and condition are used. In one step both networks learn, each from its own
-    loss; two time scales (section 4.2) are the fake's share of steps and its learning rate.
+    DMD2, Yin et al. 2024 (arXiv 2405.14867), after DMD, Yin et al. 2023 (arXiv 2311.18828).
+
+    A fake denoiser, initialised as the teacher, learns to denoise the student's samples. The
+    student's samples are moved by -w (x_fake - x_teacher), the difference of the two denoisers'
+    estimates from the same noised sample. With w = (alpha / sigma)^2 this is the gradient of
+    the KL divergence; it is zero where student and teacher have the same distribution. Of the
+    batch, only noise and condition are used. In one step both networks learn, each from its
+    part of the loss; the paper's two time scales (section 4.2) are `student_every` and
+    `fake_rate`.
 
     Args:
-        teacher: of the same interpolant, in any row, guided or not.
-        turns: the student learns in one step of so many, the fake in all of them (section 4.2: 5), at least 1.
-        rate: learning rate of the fake over that of the student, positive.
-        times: law of t, within [.02, .98].
-        weight: w of a squared error of data; by default each sample's own, 1 / mean |x - x_teacher| (2311.18828, eq. 8).
-        error: of the fake; squared, by default, in the row that it predicts.
-        critic: tells noised latents of the batch from noised samples, by the mean of what it puts out, its logit (section 4.3);
-            none by default. It learns in every step, as the fake does, and the batch's latents are then used.
-        adversarial: how much of the student's loss -log sigmoid(logit) is, not negative.
+        teacher: on the student's interpolant, with any prediction and guidance.
+        student_every: the student learns in one step out of this many, the fake in all of them
+            (section 4.2: 5); at least 1.
+        fake_rate: learning rate of the fake relative to that of the student, positive.
+        times: distribution of t, rescaled to [.02, .98].
+        weighting: w, as for squared errors of data; by default 1 / mean |x - x_teacher| of each
+            sample (arXiv 2311.18828, eq. 8).
+        distance: of the fake's loss, in its prediction; squared by default.
+        critic: network that distinguishes noised latents of the batch from noised samples; its
+            logit is the mean of its output (section 4.3). None by default. It learns in every
+            step, like the fake, and needs the batch's latents.
+        adversarial: weight of -log sigmoid(logit) in the student's loss, at least 0.
     """
 
     def __init__(
         self,
-        teacher: Frozen,
-        turns: int = 5,
-        rate: float = 1.0,
-        times: Times | None = None,
-        weight: Weight | None = None,
-        error: Error | None = None,
+        teacher: FrozenTeacher,
+        student_every: int = 5,
+        fake_rate: float = 1.0,
+        times: TimeDistribution | None = None,
+        weighting: Weighting | None = None,
+        distance: Distance | None = None,
         critic: Net | None = None,
         adversarial: float = 1e-2,
     ):
         if not 0 <= adversarial < float("inf"):
-            raise ValueError(f"DistributionMatching: adversarial is {adversarial}, it must not be negative")
-        if turns < 1:
-            raise ValueError(f"DistributionMatching: turns is {turns}, it must be at least 1, which trains both in every step")
-        if not 0 < rate < float("inf"):
-            raise ValueError(f"DistributionMatching: rate is {rate}, it must be positive")
-        self.teacher, self.turns, self.rate = teacher, turns, rate
-        self.times, self.weight, self.error = times or Uniform(), weight, error or Squared()
+            raise ValueError(
+                f"DistributionMatching: adversarial is {adversarial}; it must be at least 0"
+            )
+        if student_every < 1:
+            raise ValueError(
+                f"DistributionMatching: student_every is {student_every}; it must be at least 1, "
+                "which trains both networks in every step"
+            )
+        if not 0 < fake_rate < float("inf"):
+            raise ValueError(f"DistributionMatching: fake_rate is {fake_rate}; it must be positive")
+        self.teacher = teacher
+        self.student_every = student_every
+        self.learning_rate_ratio = fake_rate
+        self.times = times or Uniform()
+        self.weighting = weighting
+        self.distance = distance or Squared()
         self.fake = copy.deepcopy(teacher.denoiser).requires_grad_(True)
-        self.critic, self.adversarial = critic, adversarial
+        self.critic = critic
+        self.adversarial = adversarial
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        return {"fake": self.fake, **({"critic": self.critic} if self.critic else {})}
-
-    def logit(self, interpolant: Interpolant, x: Tensor, eps: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
-        """Return the critic's logits, (B,), of data x noised to t: positive for what it takes for the batch's own."""
-        assert self.critic is not None
-        length = torch.hypot(*interpolant(t))
-        Denoiser.spent += len(x)
-        return self.critic(interpolant.mix(x, eps, t) / expand(length, x), self.critic.clock(t), cond).flatten(1).mean(1)
+        networks: dict[str, nn.Module] = {"fake": self.fake}
+        if self.critic:
+            networks["critic"] = self.critic
+        return networks
 
     def __call__(
-        self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, cond: Tensor | None = None, draws: Draws | None = None
+        self,
+        denoiser: DenoiserLike,
+        x: Tensor,
+        eps: Tensor,
+        cond: Tensor | None = None,
+        random: StepRandom | None = None,
     ) -> Tensor:
         interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
-        self.rests = draws is not None and draws.batch.step % self.turns != 0
-        real, data = self.teacher.on(denoiser, x), x
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.rests):
-            start = interpolant.mix(torch.zeros_like(eps), eps, torch.ones(len(eps), device=eps.device))
-            x = DDIM(1).walk(denoiser, start, cond)[-1]
-        here, noise = x.detach(), normal(draws, "again", x)
-        t = EDGE + (1 - 2 * EDGE) * self.times.on(interpolant)(uniform(draws, "time", x))
-        x_t = interpolant.mix(here, noise, t)
+        teacher = self.teacher.for_student(denoiser, x)
+        self.student_frozen = random is not None and random.batch.step % self.student_every != 0
+
+        # 1. The student's samples, in one step from the noise.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.student_frozen):
+            start_time = torch.ones(len(eps), device=eps.device)
+            start = interpolant.mix(torch.zeros_like(eps), eps, start_time)
+            samples = DDIM(1).integrate(denoiser, start, cond)[-1]
+        fixed_samples = samples.detach()
+
+        # 2. The same samples, noised to a random t.
+        noise = draw_normal(random, "extra", samples)
+        times = self.times.for_interpolant(interpolant)
+        u = times(draw_stratified(random, "time", samples))
+        t = TIME_MARGIN + (1 - 2 * TIME_MARGIN) * u
+        x_t = interpolant.mix(fixed_samples, noise, t)
+
+        # 3. The fake's loss: denoising the samples.
         x_fake, eps_fake = self.fake(x_t, t, cond)
-        row: Prediction = getattr(self.fake, "prediction", None) or Velocity()
-        errors = self.error(row.target(interpolant, x_fake - here, eps_fake - noise, t))
-        self.seen, loss = (t, errors.detach().flatten(1).mean(1)), errors.mean()
+        gap = prediction_of(self.fake).target(
+            interpolant, x_fake - fixed_samples, eps_fake - noise, t
+        )
+        errors = self.distance(gap)
+        self.per_sample = (t, mean_per_sample(errors))
+        loss = errors.mean()
+
+        # 4. The critic's loss: telling the batch from the samples.
         if self.critic:
-            told = self.logit(interpolant, data, normal(draws, "data", x), t, cond)
-            loss = loss + (softplus(-told) + softplus(self.logit(interpolant, here, noise, t, cond))).mean()
-        if self.rests:
+            data_noise = draw_normal(random, "data", samples)
+            data_logit = self.logit(interpolant, x, data_noise, t, cond)
+            sample_logit = self.logit(interpolant, fixed_samples, noise, t, cond)
+            loss = loss + (softplus(-data_logit) + softplus(sample_logit)).mean()
+        if self.student_frozen:
             return loss
+
+        # 5. The gradient of the student's samples: w (x_fake - x_teacher), and the critic's.
         with torch.no_grad():
-            x_real = real(x_t, t, cond)[0]
-            near = (here - x_real).abs().flatten(1).mean(1)
-            weight = self.weight(interpolant, Data(), t) if self.weight else 1 / near
-            push = expand(weight, x) * (x_fake - x_real)
+            x_teacher = teacher(x_t, t, cond)[0]
+            weight = self._weight(interpolant, fixed_samples, x_teacher, t)
+            gradient = expand(weight, samples) * (x_fake - x_teacher)
         if self.critic and torch.is_grad_enabled():
-            seen = here.requires_grad_()  # the critic itself learns nothing from what pleases it
-            worse = softplus(-self.logit(interpolant, seen, noise, t, cond)).sum() * here[0].numel()
-            push = push + self.adversarial * torch.autograd.grad(worse, seen)[0]
-            here = here.detach()
-        return loss + (x - (here - push)).square().mean() / 2  # whose gradient in x is the push
+            adversarial = self._adversarial_gradient(interpolant, fixed_samples, noise, t, cond)
+            gradient = gradient + self.adversarial * adversarial
+
+        # 6. The student's loss: its gradient in the samples is that one, per dimension.
+        moved_samples = fixed_samples - gradient
+        student_loss = (samples - moved_samples).square().mean() / 2
+        return loss + student_loss
+
+    def logit(
+        self, interpolant: Interpolant, x: Tensor, eps: Tensor, t: Tensor, cond: Tensor | None
+    ) -> Tensor:
+        """Return the critic's logits of x noised to t, (B,): positive for data of the batch."""
+        assert self.critic is not None
+        x_t = interpolant.mix(x, eps, t)
+        length = torch.hypot(*interpolant(t))
+        Denoiser.evaluations_made += len(x)
+        output = self.critic(x_t / expand(length, x), self.critic.time_input(t), cond)
+        return output.flatten(1).mean(1)
+
+    def _weight(
+        self, interpolant: Interpolant, samples: Tensor, x_teacher: Tensor, t: Tensor
+    ) -> Tensor:
+        """Return w of each sample, (B,)."""
+        if self.weighting:
+            return self.weighting(interpolant, Data(), t)
+        distance = (samples - x_teacher).abs()
+        return 1 / distance.flatten(1).mean(1)
+
+    def _adversarial_gradient(
+        self,
+        interpolant: Interpolant,
+        samples: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        cond: Tensor | None,
+    ) -> Tensor:
+        """Return the gradient of -log sigmoid(logit) in the samples; the critic has none."""
+        samples = samples.detach().requires_grad_()
+        logit = self.logit(interpolant, samples, noise, t, cond)
+        loss = softplus(-logit).sum() * samples[0].numel()
+        return torch.autograd.grad(loss, samples)[0]

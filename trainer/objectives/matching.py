@@ -1,68 +1,112 @@
-"""Matching: flow matching, denoising and score matching are this one regression, told apart by the row."""
+"""Matching: flow matching, denoising and score matching are one regression.
+
+They differ only in the prediction.
+"""
 
 import torch
 from torch import Tensor
 
 from models.interpolant import Interpolant, expand
-from models.prediction import Prediction, Velocity
+from models.prediction import Prediction
 from models.sampler import DenoiserLike
-from trainer.draws import Draws, uniform
-from trainer.errors import Error, Squared
-from trainer.objectives.base import Objective
-from trainer.times import Times, Uniform
-from trainer.weights import Weight
+from trainer.objectives.base import Objective, is_two_time, prediction_of
+from trainer.objectives.parts.distances import Distance, Squared, mean_per_sample
+from trainer.objectives.parts.time_distributions import TimeDistribution, Uniform
+from trainer.objectives.parts.weightings import Weighting
+from trainer.step_random import StepRandom, draw_stratified
 
 
-def answering(denoiser: DenoiserLike, *rows: Prediction | None) -> None:
-    """Refuse a denoiser asked at t = 1 whose prediction, or a row that measures it, does not tell data and noise apart there.
+def check_solvable_at_noise(denoiser: DenoiserLike, *predictions: Prediction | None) -> None:
+    """Check that predictions determine data and noise at t = 1, where the state is pure noise.
+
+    Args:
+        denoiser: its interpolant and its prediction are checked.
+        predictions: others that are checked, where not None.
 
     Raises:
-        ValueError: so it is.
+        ValueError: one of them is singular at t = 1.
     """
-    zero, one = torch.zeros(1), torch.ones(1)
-    for row in (getattr(denoiser, "prediction", None), *rows):
-        if row is not None:
-            row.solve(denoiser.interpolant, zero, zero, one)  # type: ignore[attr-defined]
+    zero = torch.zeros(1)
+    one = torch.ones(1)
+    for prediction in (getattr(denoiser, "prediction", None), *predictions):
+        if prediction is not None:
+            prediction.solve(denoiser.interpolant, zero, zero, one)  # type: ignore[attr-defined]
 
 
 class Matching(Objective):
-    """E w(t) |y_hat - y|^2 per dimension, y = a x + b eps (2210.02747, 2006.11239).
+    """E w(t) |y_hat - y|^2 per dimension, for the prediction y = a(t) x + b(t) eps.
 
-    On fresh noise it trains a teacher; on pairs that bring their own noise it rectifies (2209.03003, 2410.07303).
+    On fresh noise it trains a teacher: with Velocity it is flow matching (Lipman et al. 2022,
+    arXiv 2210.02747), with NoisePrediction DDPM's loss (Ho et al. 2020, arXiv 2006.11239). On
+    pairs, each with the noise of its sample, it rectifies (Liu et al. 2022, arXiv 2209.03003;
+    Wang et al. 2024, arXiv 2410.07303).
 
     Args:
-        times: law of t.
-        measure: row in which the error is measured; by default what the network predicts (Velocity for an analytic denoiser).
-        weight: of each noise level; by default every error counts alike in the row that measures it. With one, squared errors
-            give the same loss in every row.
-        error: squared, by default, or pseudo-Huber.
+        times: distribution of t.
+        measure: prediction y in which the error is measured; by default what the network
+            predicts (Velocity for an analytic denoiser).
+        weighting: weight of each noise level, defined for squared errors of data: the loss is
+            then the same in every `measure`. By default all errors of y count the same.
+        distance: of y_hat - y; squared by default.
     """
 
     def __init__(
         self,
-        times: Times | None = None,
+        times: TimeDistribution | None = None,
         measure: Prediction | None = None,
-        weight: Weight | None = None,
-        error: Error | None = None,
+        weighting: Weighting | None = None,
+        distance: Distance | None = None,
     ):
-        self.times, self.measure, self.weight, self.error = times or Uniform(), measure, weight, error or Squared()
+        self.times = times or Uniform()
+        self.measure = measure
+        self.weighting = weighting
+        self.distance = distance or Squared()
 
     def __call__(
-        self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, cond: Tensor | None = None, draws: Draws | None = None
+        self,
+        denoiser: DenoiserLike,
+        x: Tensor,
+        eps: Tensor,
+        cond: Tensor | None = None,
+        random: StepRandom | None = None,
     ) -> Tensor:
-        t = self.times.on(denoiser.interpolant)(uniform(draws, "time", x))  # type: ignore[attr-defined]
-        return self.at(denoiser, x, eps, t, cond)
+        times = self.times.for_interpolant(denoiser.interpolant)  # type: ignore[attr-defined]
+        t = times(draw_stratified(random, "time", x))
+        return self.loss_at(denoiser, x, eps, t, cond)
 
-    def at(
-        self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None
+    def loss_at(
+        self,
+        denoiser: DenoiserLike,
+        x: Tensor,
+        eps: Tensor,
+        t: Tensor,
+        cond: Tensor | None = None,
+        s: Tensor | None = None,
     ) -> Tensor:
-        """Return the mean loss at times t, (B,); denoisers that jump are asked for a jump to s, (B,), if it is given."""
+        """Return the mean loss at given times.
+
+        Args:
+            denoiser: the student.
+            x: data, (B, C, H, W).
+            eps: noise, (B, C, H, W).
+            t: times, (B,).
+            cond: encoded condition, if any.
+            s: end of the step for two-time networks, (B,); other networks do not receive it.
+        """
         interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
-        jump = () if s is None or not getattr(denoiser, "jumps", False) else (s,)
-        y = self.measure or getattr(denoiser, "prediction", None) or Velocity()
-        x_hat, eps_hat = denoiser(interpolant.mix(x, eps, t), t, cond, *jump)
-        errors = self.error(y.target(interpolant, x_hat - x, eps_hat - eps, t))
-        if self.weight:
-            errors = expand(self.weight(interpolant, y, t), errors) * errors
-        self.seen = t, errors.detach().flatten(1).mean(1)
+        prediction = self.measure or prediction_of(denoiser)
+
+        # 1. The student's estimate of x and eps from the state x_t = alpha x + sigma eps.
+        x_t = interpolant.mix(x, eps, t)
+        if s is None or not is_two_time(denoiser):
+            x_hat, eps_hat = denoiser(x_t, t, cond)
+        else:
+            x_hat, eps_hat = denoiser(x_t, t, cond, s)
+
+        # 2. The error y_hat - y, linear in those of x and eps.
+        gap = prediction.target(interpolant, x_hat - x, eps_hat - eps, t)
+        errors = self.distance(gap)
+        if self.weighting:
+            errors = expand(self.weighting(interpolant, prediction, t), errors) * errors
+        self.per_sample = (t, mean_per_sample(errors))
         return errors.mean()

@@ -1,4 +1,6 @@
-"""MeanFlow: the mean velocity over [s, t], learnt from its own derivative along the path."""
+"""MeanFlow: the mean velocity over [s, t], learnt from its derivative along the trajectory."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -6,101 +8,185 @@ from torch import Tensor
 from models.interpolant import Interpolant, expand
 from models.prediction import Velocity
 from models.sampler import DenoiserLike
-from trainer.draws import Draws, uniform
-from trainer.errors import Adaptive, Error
-from trainer.objectives.base import Objective
-from trainer.times import LogitNormal, Times
+from trainer.objectives.base import Objective, is_two_time
+from trainer.objectives.parts.distances import AdaptiveDistance, Distance, mean_per_sample
+from trainer.objectives.parts.time_distributions import LogitNormal, TimeDistribution
+from trainer.step_random import StepRandom, draw_stratified, draw_uniform
 
 
-def mean_velocity(interpolant: Interpolant, ends: tuple[Tensor, Tensor], t: Tensor, s: Tensor) -> Tensor:
-    """Return (x_t - x_s) / (t - s) of the chord with these ends (x, eps), and the velocity where s = t; t and s (B,).
+def mean_velocity(
+    interpolant: Interpolant, ends: tuple[Tensor, Tensor], t: Tensor, s: Tensor
+) -> Tensor:
+    """Return (x_t - x_s) / (t - s), or dx_t/dt where s = t, (B, ...).
 
-    It is a row, the divided differences of alpha and sigma: on Linear eps - x, whatever s.
+    Like every prediction it is linear in x and eps; its coefficients are the divided differences
+    of alpha and sigma. On Linear it is eps - x for every s.
+
+    Args:
+        interpolant: gives the states, x_t = alpha x + sigma eps.
+        ends: (x, eps), (B, ...) each.
+        t: times, (B,).
+        s: times, (B,).
     """
-    still = t == s
-    gap = (t - s).where(~still, torch.ones_like(t))
-    row = zip(interpolant(t), interpolant(s), interpolant.rates(t))
-    a, b = ((there - here).div(gap).where(~still, rate) for there, here, rate in row)
-    return expand(a, ends[0]) * ends[0] + expand(b, ends[1]) * ends[1]
+    same = t == s
+    gap = (t - s).where(~same, torch.ones_like(t))
+    values = zip(interpolant(t), interpolant(s), interpolant.derivatives(t), strict=True)
+    a, b = [(at_t - at_s).div(gap).where(~same, slope) for at_t, at_s, slope in values]
+    x, eps = ends
+    return expand(a, x) * x + expand(b, eps) * eps
+
+
+class IntervalTimes(NamedTuple):
+    """Times of each sample, (B,) each."""
+
+    t: Tensor
+    s: Tensor  # at most t
+    is_interval: Tensor  # bool, on the CPU: whether the sample learns over [s, t], or at s = t
 
 
 class MeanFlow(Objective):
-    """E |ubar - sg(u - (t - s) d ubar/dt)|^2 (2505.13447, eq. 6 and 9 to 11): no teacher, one evaluation and its derivative.
+    """E |ubar - sg(u - (t - s) d ubar/dt)|^2, without a teacher.
 
-    ubar(x_t, t, s) is the mean velocity of the denoiser's jump from t to s, and d/dt goes along dx_t/dt = u = alpha' x +
-    sigma' eps. For a network that reads a second time (`jumps`), in every row and on every interpolant; in the paper Linear
-    and Velocity, where ubar is the network's output. On fresh noise it trains from scratch, on pairs along the rectified
-    trajectories (2511.23342).
+    Geng et al. 2025 (arXiv 2505.13447), eq. 6 and 9 to 11.
+
+    ubar(x_t, t, s) is the mean velocity of the denoiser's step from t to s. d/dt is the
+    derivative along dx_t/dt = u = alpha' x + sigma' eps, by one forward-mode pass; sg stops the
+    gradient. It needs a network with two_time, and works with every prediction and interpolant.
+    The paper's case is Linear with Velocity, where ubar is the network's output. On fresh noise
+    it trains from scratch, on pairs along the rectified trajectories (arXiv 2511.23342).
 
     Args:
-        times: law of two times, of which t is the later one and s the earlier (section 4.3; LogitNormal(-0.4, 1) by default).
-        interval: law of t - s instead, so that t itself is of the law `times` and s = 0 where the interval is longer than t.
-        same: share of the samples, in [0, 1), with s = t, on which it is flow matching (table 1a).
-        guidance: w of the field u + w (c - u) that is learnt, to be sampled at one evaluation (eq. 13 and 19, kappa = 0); u is
-            the denoiser told nothing, one more evaluation unless w = 1. Wants a condition that is dropped now and then.
-        error: adaptive, by default (eq. 22).
+        times: distribution of two times, of which t is the later and s the earlier (section
+            4.3); LogitNormal(-0.4, 1) by default.
+        interval: distribution of t - s; t alone then follows `times`, and s is 0 where the
+            interval is longer than t.
+        matching_share: share of the samples, in [0, 1), with s = t, where the loss is flow
+            matching (table 1a).
+        guidance: scale w of the velocity u + w (c - u) that is learnt, so that sampling needs
+            one evaluation per step (eq. 13 and 19 with kappa = 0). u is the denoiser's velocity
+            without condition: one more evaluation unless w = 1. The condition needs dropout.
+        distance: of the difference; adaptive by default (eq. 22).
     """
 
-    derives = True
+    uses_jvp = True
 
     def __init__(
         self,
-        times: Times | None = None,
-        interval: Times | None = None,
-        same: float = 0.75,
+        times: TimeDistribution | None = None,
+        interval: TimeDistribution | None = None,
+        matching_share: float = 0.75,
         guidance: float = 1.0,
-        error: Error | None = None,
+        distance: Distance | None = None,
     ):
-        if not 0 <= same < 1:
-            raise ValueError(f"MeanFlow: same is {same}, it must lie in [0, 1); 1 is Matching")
+        if not 0 <= matching_share < 1:
+            raise ValueError(
+                f"MeanFlow: matching_share is {matching_share}; it must lie in [0, 1), and 1 is "
+                "the objective Matching"
+            )
         if not guidance > 0:
-            raise ValueError(f"MeanFlow: guidance is {guidance}, it must be positive (1 is none)")
-        self.times, self.interval, self.same = times or LogitNormal(-0.4, 1.0), interval, same
-        self.guidance, self.error = guidance, error or Adaptive()
+            raise ValueError(
+                f"MeanFlow: guidance is {guidance}; it must be positive, and 1 turns it off"
+            )
+        self.times = times or LogitNormal(-0.4, 1.0)
+        self.interval = interval
+        self.matching_share = matching_share
+        self.guidance = guidance
+        self.distance = distance or AdaptiveDistance()
 
     def __call__(
-        self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, cond: Tensor | None = None, draws: Draws | None = None
+        self,
+        denoiser: DenoiserLike,
+        x: Tensor,
+        eps: Tensor,
+        cond: Tensor | None = None,
+        random: StepRandom | None = None,
     ) -> Tensor:
-        if not getattr(denoiser, "jumps", False):
-            raise ValueError("MeanFlow: the network reads no second time; build it with model.denoiser.net.init_args.jumps true")
-        t, s, jumps = self.drawn(denoiser.interpolant, x, draws)  # type: ignore[attr-defined]
-        order, gaps = [part.nonzero().flatten() for part in (jumps, ~jumps)], []
-        for far, i in zip((True, False), order):  # only those that jump need the derivative, twice the cost of the rest
-            told = None if cond is None else cond[i]
-            gaps.append(self.gap(denoiser, x[i], eps[i], t[i], s[i] if far else None, told)) if len(i) else None
-        errors = self.error(torch.cat(gaps)[torch.cat(order).argsort()])
-        self.seen = t, errors.detach().flatten(1).mean(1)
+        if not is_two_time(denoiser):
+            raise ValueError(
+                "MeanFlow: the network reads one time; build it with "
+                "model.denoiser.net.init_args.two_time true"
+            )
+        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+
+        # 1. Two times for each sample. Those with s = t need no derivative, which costs twice as
+        #    much as the rest: the batch is split.
+        t, s, is_interval = self.sample_times(interpolant, x, random)
+        groups = (is_interval.nonzero().flatten(), (~is_interval).nonzero().flatten())
+
+        # 2. The difference of ubar from its target, for both groups.
+        gaps = []
+        for group, has_interval in zip(groups, (True, False), strict=True):
+            if len(group):
+                group_s = s[group] if has_interval else None
+                group_cond = None if cond is None else cond[group]
+                gap = self.gap(denoiser, x[group], eps[group], t[group], group_s, group_cond)
+                gaps.append(gap)
+
+        # 3. The mean error, with the samples back in the batch's order.
+        order = torch.cat(groups).argsort()
+        errors = self.distance(torch.cat(gaps)[order])
+        self.per_sample = (t, mean_per_sample(errors))
         return errors.mean()
 
-    def drawn(self, interpolant: Interpolant, x: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return t, s <= t, at least float32, and (without waiting for a device) which samples jump, (B,) each.
+    def sample_times(
+        self, interpolant: Interpolant, x: Tensor, random: StepRandom | None
+    ) -> IntervalTimes:
+        """Draw the times of a batch x, at least float32.
 
-        Those that do are evenly spread over the places of the global batch, like the stratified times.
+        The samples that learn over an interval are evenly spread over the positions of the
+        global batch, like the stratified times. Their choice needs no device sync.
         """
-        law, dtype = self.times.on(interpolant), torch.promote_types(x.dtype, torch.float32)
-        first = law(uniform(draws, "time", x)).to(dtype)
-        other = (draws.uniform("until") if draws else torch.rand_like(first)).to(dtype)
+        # Two independent times, or a time and an interval.
+        times = self.times.for_interpolant(interpolant)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        first = times(draw_stratified(random, "time", x)).to(dtype)
+        u = draw_uniform(random, "end_time", first).to(dtype)
         if self.interval:
-            t, s = first, (first - self.interval(other)).clamp(min=0)
+            t = first
+            s = (first - self.interval(u)).clamp(min=0)
         else:
-            t, s = torch.maximum(first, law(other)), torch.minimum(first, law(other))
-        places = torch.arange(len(x) + 1) + (draws.batch.start if draws else 0)
-        return t, s, (places * (1 - self.same)).floor().diff() > 0
+            second = times(u)
+            t = torch.maximum(first, second)
+            s = torch.minimum(first, second)
+
+        # Which samples learn over [s, t].
+        start = random.batch.start if random else 0
+        positions = torch.arange(len(x) + 1) + start
+        counts = (positions * (1 - self.matching_share)).floor()
+        is_interval = counts.diff() > 0
+        return IntervalTimes(t, s, is_interval)
 
     def gap(
-        self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, t: Tensor, s: Tensor | None = None, cond: Tensor | None = None
+        self,
+        denoiser: DenoiserLike,
+        x: Tensor,
+        eps: Tensor,
+        t: Tensor,
+        s: Tensor | None = None,
+        cond: Tensor | None = None,
     ) -> Tensor:
-        """Return ubar - sg(u - (t - s) d ubar/dt), (B, C, H, W); without s, at s = t."""
+        """Return ubar - sg(u - (t - s) d ubar/dt), (B, C, H, W); s is t by default."""
         interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
-        x_t, u = interpolant.mix(x, eps, t), Velocity().target(interpolant, x, eps, t)
+
+        # 1. The state and its velocity, with guidance.
+        x_t = interpolant.mix(x, eps, t)
+        u = Velocity().target(interpolant, x, eps, t)
         if self.guidance != 1:
             with torch.no_grad():
-                u = self.guidance * u + (1 - self.guidance) * Velocity().target(interpolant, *denoiser(x_t, t, None), t)
-        if s is None:
-            return Velocity().target(interpolant, *denoiser(x_t, t, cond), t) - u
+                x_hat, eps_hat = denoiser(x_t, t, None)
+                unconditional = Velocity().target(interpolant, x_hat, eps_hat, t)
+                u = self.guidance * u + (1 - self.guidance) * unconditional
 
-        def mean(x_t: Tensor, t: Tensor) -> Tensor:
+        # 2. At s = t, ubar is the denoiser's velocity, and its target is u.
+        if s is None:
+            x_hat, eps_hat = denoiser(x_t, t, cond)
+            return Velocity().target(interpolant, x_hat, eps_hat, t) - u
+
+        # 3. Elsewhere, ubar and its derivative along (dx_t/dt, dt/dt) = (u, 1).
+        def velocity_to_s(x_t: Tensor, t: Tensor) -> Tensor:
             return mean_velocity(interpolant, denoiser(x_t, t, cond, s), t, s)
 
-        ubar, rate = torch.func.jvp(mean, (x_t, t), (u, torch.ones_like(t)))[:2]
-        return ubar - (u - expand(t - s, u) * rate).detach()
+        tangents = (u, torch.ones_like(t))
+        ubar, derivative = torch.func.jvp(velocity_to_s, (x_t, t), tangents)[:2]
+        target = u - expand(t - s, u) * derivative
+        return ubar - target.detach()

@@ -1,71 +1,104 @@
-"""Phased rectification: windows of time, inside each of which the frozen teacher couples data and noise, online."""
+"""Phased rectification: within windows of time, the teacher couples data and noise in training."""
 
 from torch import Tensor
 
 from models.interpolant import Interpolant
 from models.prediction import Prediction
-from models.sampler import DenoiserLike, edges
-from models.windows import Piecewise, drawn
-from trainer.draws import Draws, uniform
-from trainer.errors import Error
+from models.sampler import DenoiserLike, window_edges
+from models.windows import Piecewise, sample_window
 from trainer.objectives.base import Objective
-from trainer.objectives.frozen import Frozen, carry
 from trainer.objectives.matching import Matching
-from trainer.times import Times
-from trainer.weights import Weight
+from trainer.objectives.parts.distances import Distance
+from trainer.objectives.parts.time_distributions import TimeDistribution
+from trainer.objectives.parts.weightings import Weighting
+from trainer.objectives.teachers import FrozenTeacher, ddim_between
+from trainer.step_random import StepRandom, draw_stratified
 
 
 class Phased(Objective):
-    """`Matching` in windows, from real data and fresh noise; no pairs are stored (2410.07303, 2405.07510).
+    """`Matching` within windows of time, from data and fresh noise; no pairs are stored.
 
-    In a window from its noisy end s to its clean end e the teacher carries x_s = mix(x, eps, s) to x_e; the chord through the
-    two has the ends (x', eps'), which are matched at t in (e, s). As many DDIM steps as there are windows, on their edges,
-    then draw what the teacher draws. A student on the teacher's own interpolant learns Rectified Diffusion's first-order
-    form; one on `Piecewise` learns PeRFlow's, with the prediction Velocity (velocity), Noise (ddim_eps) or WindowNoise
-    (diff_eps). A student that jumps is asked for jumps to e.
+    Wang et al. 2024 (arXiv 2410.07303), Yan et al. 2024 (arXiv 2405.07510).
+
+    In a window from its noisy end s to its clean end e, the teacher carries x_s = mix(x, eps, s)
+    to x_e. The line through the two states has the ends (x', eps'), which the student matches at
+    a t in (e, s). DDIM with one step per window, on the windows' edges, then draws the teacher's
+    samples.
+
+    A student on the teacher's interpolant learns the first-order trajectories of Rectified
+    Diffusion. A student on `Piecewise` learns PeRFlow's, with the prediction Velocity (its
+    velocity), NoisePrediction (ddim_eps) or WindowNoise (diff_eps). A two-time student learns
+    steps to e.
 
     Args:
         teacher: the frozen teacher.
-        windows: how many equal ones, or their edges, falling from 1 to 0.
+        windows: number of equal windows, or their edges, falling from 1 to 0.
         steps: DDIM steps of the teacher from one end of a window to the other.
-        times: law of the place of t inside a window, 0 its clean end.
-        measure: row in which the error is measured; by default what the network predicts (Velocity for an analytic denoiser).
-        weight: of each noise level; by default every error counts alike in the row that measures it.
-        error: squared, by default, or pseudo-Huber.
+        times: distribution of the position of t in its window, 0 at its clean end.
+        measure: prediction in which the error is measured; by default what the network predicts
+            (Velocity for an analytic denoiser).
+        weighting: weight of each noise level; by default all errors of `measure` count the same.
+        distance: of the errors; squared by default.
     """
 
     def __init__(
         self,
-        teacher: Frozen,
+        teacher: FrozenTeacher,
         windows: int | list[float] = 4,
         steps: int = 10,
-        times: Times | None = None,
+        times: TimeDistribution | None = None,
         measure: Prediction | None = None,
-        weight: Weight | None = None,
-        error: Error | None = None,
+        weighting: Weighting | None = None,
+        distance: Distance | None = None,
     ):
         if steps < 1:
-            raise ValueError(f"Phased: steps is {steps}, it must be at least 1")
-        self.teacher, self.edges, self.steps = teacher, edges(windows, "Phased: windows"), steps
-        self.matching = Matching(times, measure, weight, error)
+            raise ValueError(f"Phased: steps is {steps}; it must be at least 1")
+        self.teacher = teacher
+        self.edges = window_edges(windows, "Phased: windows")
+        self.steps = steps
+        self.matching = Matching(times, measure, weighting, distance)
 
     def __call__(
-        self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, cond: Tensor | None = None, draws: Draws | None = None
+        self,
+        denoiser: DenoiserLike,
+        x: Tensor,
+        eps: Tensor,
+        cond: Tensor | None = None,
+        random: StepRandom | None = None,
     ) -> Tensor:
-        own = self._own(denoiser)
-        _, s, e, place = drawn(uniform(draws, "time", x), self.edges)
-        x_s = own.mix(x, eps, s)
-        x_e = carry(self.teacher.on(denoiser, x, own), x_s, s, e, cond, self.steps)
-        x, eps = own.unmix(x_s, s, x_e, e)
-        loss = self.matching.at(denoiser, x, eps, e + (s - e) * self.matching.times(place), cond, e)
-        self.seen = self.matching.seen
+        self._check_windows(denoiser)
+        interpolant = self._teacher_interpolant(denoiser)
+
+        # 1. A window for each sample, and the state at its noisy end.
+        window = sample_window(draw_stratified(random, "time", x), self.edges)
+        s = window.s
+        e = window.e
+        x_s = interpolant.mix(x, eps, s)
+
+        # 2. The teacher's state at the clean end, and the ends of the line through both states.
+        teacher = self.teacher.for_student(denoiser, x, interpolant)
+        x_e = ddim_between(teacher, x_s, s, e, cond, self.steps)
+        x_line, eps_line = interpolant.solve_pair(x_s, s, x_e, e)
+
+        # 3. Matching at a time inside the window.
+        t = e + (s - e) * self.matching.times(window.u)
+        loss = self.matching.loss_at(denoiser, x_line, eps_line, t, cond, e)
+        self.per_sample = self.matching.per_sample
         return loss
 
-    def _own(self, denoiser: DenoiserLike) -> Interpolant:
-        """Return the teacher's interpolant, which is the student's own but for students whose states are straight in windows."""
-        own: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
-        for part in (own, getattr(denoiser, "prediction", None), self.matching.measure):
-            theirs = getattr(part, "windows", None)
-            if theirs is not None and edges(theirs) != self.edges:
-                raise ValueError(f"Phased: windows are {self.edges}, those of {part!r} {edges(theirs)}; make them equal")
-        return own.interpolant if isinstance(own, Piecewise) else own
+    def _check_windows(self, denoiser: DenoiserLike) -> None:
+        """Check that the student's interpolant and predictions have these windows, if any."""
+        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+        prediction = getattr(denoiser, "prediction", None)
+        for part in (interpolant, prediction, self.matching.measure):
+            windows = getattr(part, "windows", None)
+            if windows is not None and window_edges(windows) != self.edges:
+                raise ValueError(
+                    f"Phased: windows are {self.edges}, those of {part!r} are "
+                    f"{window_edges(windows)}; make them equal"
+                )
+
+    def _teacher_interpolant(self, denoiser: DenoiserLike) -> Interpolant:
+        """Return the interpolant that the teacher must have: the student's, without windows."""
+        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+        return interpolant.interpolant if isinstance(interpolant, Piecewise) else interpolant

@@ -1,42 +1,62 @@
-"""One-step regression: distillation on pairs."""
+"""One-step regression: distillation of pairs into a single step."""
 
 import torch
 from torch import Tensor
 
 from models.interpolant import Interpolant
 from models.sampler import DenoiserLike
-from trainer.draws import Draws
-from trainer.errors import Error, Squared
-from trainer.lpips import Perceptual
-from trainer.objectives.base import Objective
-from trainer.objectives.matching import answering
+from trainer.objectives.base import Objective, is_two_time
+from trainer.objectives.matching import check_solvable_at_noise
+from trainer.objectives.parts.distances import Distance, Squared
+from trainer.objectives.parts.lpips import Perceptual
+from trainer.step_random import StepRandom
 
 
 class Regression(Objective):
-    """From the noise eps, in the one step that a sampler takes from t = 1 to 0, straight to x (2209.03003, 2309.06380).
+    """The distance of x from the student's sample, drawn in one step from the noise eps.
 
-    On pairs, best after rectification; on independent x and eps all samples become the mean. It teaches one step and no more:
-    two or four of them draw worse than one (2410.07303). LPIPS-Huber (2405.20320) is pseudo-Huber with `perceptual`; the paper
-    weighs its Huber part by 1 - t, which here, at t = 1, would leave LPIPS alone.
+    Liu et al. 2022 (arXiv 2209.03003), Liu et al. 2023 (arXiv 2309.06380).
+
+    It is meant for pairs, best after rectification; with independent x and eps all samples
+    become the mean. It teaches one step only: two or four steps are worse than one (Wang et al.
+    2024, arXiv 2410.07303). LPIPS-Huber (Lee et al. 2024, arXiv 2405.20320) is the pseudo-Huber
+    distance with `perceptual`; the paper multiplies its Huber part by 1 - t, which here, at
+    t = 1, would leave LPIPS alone.
 
     Args:
-        error: squared, by default, or pseudo-Huber.
-        perceptual: LPIPS, in the images that x stands for, added to the error; it needs its weights as a file.
+        distance: of the sample from x; squared by default.
+        perceptual: LPIPS of the decoded images, added to the distance; needs a file of weights.
     """
 
-    def __init__(self, error: Error | None = None, perceptual: Perceptual | None = None):
-        self.error, self.perceptual = error or Squared(), perceptual
+    def __init__(self, distance: Distance | None = None, perceptual: Perceptual | None = None):
+        self.distance = distance or Squared()
+        self.perceptual = perceptual
 
     def __call__(
-        self, denoiser: DenoiserLike, x: Tensor, eps: Tensor, cond: Tensor | None = None, draws: Draws | None = None
+        self,
+        denoiser: DenoiserLike,
+        x: Tensor,
+        eps: Tensor,
+        cond: Tensor | None = None,
+        random: StepRandom | None = None,
     ) -> Tensor:
-        answering(denoiser)
+        check_solvable_at_noise(denoiser)
         interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
-        one = torch.ones(len(x), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        jump = (0 * one,) if getattr(denoiser, "jumps", False) else ()
-        landed = interpolant.mix(*denoiser(interpolant.mix(torch.zeros_like(eps), eps, one), one, cond, *jump), 0 * one)
-        errors = self.error(landed - x).flatten(1).mean(1)
+
+        # 1. The step from t = 1, where the state is pure noise, to s = 0.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        t = torch.ones(len(x), dtype=dtype, device=x.device)
+        s = 0 * t
+        start = interpolant.mix(torch.zeros_like(eps), eps, t)
+        if is_two_time(denoiser):
+            x_hat, eps_hat = denoiser(start, t, cond, s)
+        else:
+            x_hat, eps_hat = denoiser(start, t, cond)
+        sample = interpolant.mix(x_hat, eps_hat, s)
+
+        # 2. Its distance from x.
+        errors = self.distance(sample - x).flatten(1).mean(1)
         if self.perceptual:
-            errors = errors + self.perceptual(landed, x)
-        self.seen = one, errors.detach()
+            errors = errors + self.perceptual(sample, x)
+        self.per_sample = (t, errors.detach())
         return errors.mean()

@@ -1,60 +1,84 @@
-"""Flux as a teacher: it reads a scale of guidance, its states are packed into tokens, its time runs from 0 to 1."""
+"""Flux as a teacher: it reads a guidance scale, and its states are packed into tokens."""
+
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
-import deploy.pretrained
+import deploy.export
 from data.pairs import PairSet
-from deploy.cli import main
-from models import teacher
-from tests.conftest import REPOSITORY
+from models.checkpoint import load_checkpoint
+from tests.helpers.commands import REPOSITORY, succeed
+from tests.helpers.training import train
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'rectify[text]'")
 
 from tests import published
 
+TEXTS = ["a red dog", "a cat"]
 
-def test_flux_reads_a_scale_of_guidance_and_goes_back(tmp_path, monkeypatch):
-    """Its pairs at a scale are the pipeline's own, at one evaluation each; a student of them is that pipeline again."""
-    published.pipeline("flux", tmp_path).save_pretrained(tmp_path / "teacher")
-    (prompts := tmp_path / "prompts.txt").write_text("a red dog\na cat\n")
-    words = ["--prompts", str(prompts), "--pairs", "2", "--steps", "2", "--guidance", "5", "--out", str(tmp_path / "pairs")]
-    assert main(["collect", "--teacher", str(tmp_path / "teacher"), *words]) == 0
-    pairs = PairSet(tmp_path / "pairs")
-    assert pairs.manifest["evaluations"] == 4
-    pipe = DiffusionPipeline.from_pretrained(tmp_path / "teacher")
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return the folder of a published Flux."""
+    path = tmp_path_factory.mktemp("published")
+    published.pipeline("flux", path).save_pretrained(path / "teacher")
+    return path / "teacher"
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """Return a file of TEXTS."""
+    path = tmp_path_factory.mktemp("texts") / "prompts.txt"
+    path.write_text("\n".join(TEXTS) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pairs(folder, prompts, tmp_path_factory):
+    """Return two pairs of Flux, sampled in two steps at guidance 5."""
+    path = tmp_path_factory.mktemp("pairs") / "set"
+    words = ("--prompts", prompts, "--pairs", "2", "--steps", "2", "--guidance", "5")
+    succeed("collect", "--teacher", folder, "--out", path, *words)
+    return path
+
+
+def sample_with_diffusers(folder: Path, noise: torch.Tensor, guidance: float) -> torch.Tensor:
+    """Return the latents that the plain pipeline draws of TEXTS from these noises in two steps."""
+    pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     pipe.set_progress_bar_config(disable=True)
-    eps = pipe._pack_latents(torch.stack([pairs[i]["noise"] for i in (0, 1)]), 2, 4, 128, 128)
-    told = {"num_inference_steps": 2, "latents": eps, "output_type": "latent"}
-    drawn, other = (
-        pipe._unpack_latents(pipe(["a red dog", "a cat"], guidance_scale=w, **told).images, 256, 256, pipe.vae_scale_factor)
-        for w in (5.0, 1.0)
+    tokens = pipe._pack_latents(noise, 2, 4, 128, 128)
+    settings = {"num_inference_steps": 2, "latents": tokens, "output_type": "latent"}
+    tokens = pipe(TEXTS, guidance_scale=guidance, **settings).images
+    return pipe._unpack_latents(tokens, 256, 256, pipe.vae_scale_factor)
+
+
+def test_pairs_equal_the_pipelines_samples_at_the_same_scale(folder, pairs):
+    stored = [PairSet(pairs)[i] for i in (0, 1)]
+    noise = torch.stack([pair["noise"] for pair in stored])
+    ours = torch.stack([pair["sample"] for pair in stored])
+    theirs = sample_with_diffusers(folder, noise, guidance=5.0)
+    other = sample_with_diffusers(folder, noise, guidance=1.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2)
+    assert (other - theirs).norm() > 10 * (ours - theirs).norm()
+
+
+def test_a_guided_step_costs_one_evaluation(pairs):
+    assert PairSet(pairs).manifest["evaluations"] == 4  # two pairs in two steps
+
+
+def test_a_student_of_flux_is_written_as_a_flux_again(
+    folder, prompts, pairs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(deploy.export, "PRETRAINED_STEPS", (1, 2))  # its states are large
+    words = (
+        *("--model.denoiser.folder", folder, "--model.initial", folder),
+        *("--model.codec", folder / "vae"),
+        *("--model.condition.encoder", folder, "--model.condition.path", prompts),
+        *("--data.source.path", pairs, "--data.source.keep_fraction", "1", "--data.batch", "2"),
     )
-    mine = torch.stack([pairs[i]["sample"] for i in (0, 1)])
-    torch.testing.assert_close(mine, drawn, rtol=1e-3, atol=1e-2)
-    assert (other - drawn).norm() > 10 * (mine - drawn).norm()
-    monkeypatch.setattr(deploy.pretrained, "CHECKED", (1, 2))  # its states are large
-    made = {name: str(tmp_path / name) for name in ("teacher", "pairs", "student", "export")}
-    words = [
-        "--config",
-        str(REPOSITORY / "configs/text/student.yaml"),
-        "--out",
-        made["student"],
-        "--data.source.path",
-        made["pairs"],
-    ]
-    words += [
-        "--model.denoiser.folder",
-        made["teacher"],
-        "--model.initial",
-        made["teacher"],
-        "--model.codec",
-        made["teacher"] + "/vae",
-    ]
-    words += ["--model.condition.encoder", made["teacher"], "--model.condition.path", str(prompts), "--data.source.keep", "1"]
-    few = ["--trainer.max_steps", "1", "--data.batch", "2", "--trainer.logger", "false", "--trainer.accelerator", "cpu"]
-    assert main(["fit", *words, *few]) == 0
-    assert main(["export", "--run", made["student"], "--out", made["export"], "--steps", "4"]) == 0
-    assert teacher.load(tmp_path / "export")[0].net.kind == "FluxTransformer2DModel"
+    run = train(REPOSITORY / "configs/text/student.yaml", tmp_path / "run", *words, steps=1)
+    succeed("export", "--run", run, "--out", tmp_path / "out", "--steps", "4")
+    assert load_checkpoint(tmp_path / "out")[0].net.kind == "FluxTransformer2DModel"

@@ -1,166 +1,337 @@
-"""Folders of pipelines that are told texts: what is read of them, and what is refused, in one line."""
+"""Folders of text-to-image pipelines: what is read from them, and what is refused."""
 
 import json
 import shutil
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from deploy.cli import main
-from models import pipeline, teacher
-from models.nets.pretrained import Pretrained
-from models.text import Prompts
-from tests.conftest import REPOSITORY
+from models.checkpoint import fingerprint, load_checkpoint
+from models.diffusers.networks import Pretrained
+from models.diffusers.pipeline import find_components
+from models.diffusers.text import Prompts
 from tests.deploy.text.conftest import TEXTS
+from tests.helpers.commands import REPOSITORY
+from tests.helpers.refusals import assert_refused, refused
+from tests.helpers.training import fit_words
 from trainer.module import Generator
 
-transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'rectify[text]'")
+transformers = pytest.importorskip(
+    "transformers", reason="needs transformers: pip install 'rectify[text]'"
+)
 
 from tests import published  # noqa: E402  (it needs transformers)
 
+CPU = torch.device("cpu")
 
-def test_what_does_not_fit_is_one_line(folder, prompts, pairs, workspace, tmp_path, capfd):
-    def refused(said, *words):
-        assert main(list(map(str, words))) == 2
-        lines = capfd.readouterr().err.strip().splitlines()
-        assert lines[-1].startswith("rectify: error: ") and said in lines[-1] and "Traceback" not in "".join(lines)
 
-    collect = ("collect", "--out", tmp_path / "x", "--pairs", "8", "--steps", "1", "--teacher")
-    refused("is told texts; give them", *collect, folder)
-    refused("is told no texts; leave them out", *collect, workspace.path / "runs/demo/teacher", "--prompts", prompts)
-    for name, text, said in (("none.txt", b"", "holds no prompt"), ("latin.txt", b"\xe9\n", "not UTF-8")):
-        (tmp_path / name).write_bytes(text)
-        refused(said, *collect, folder, "--prompts", tmp_path / name)
-    refused("No such file", *collect, folder, "--prompts", tmp_path / "missing.txt")
-    shutil.copytree(folder, tmp_path / "bare")
-    shutil.rmtree(tmp_path / "bare/tokenizer")
-    refused("no tokenizer in it", *collect, tmp_path / "bare", "--prompts", prompts)
-    for file in [*(shutil.copytree(folder, tmp_path / "wordless") / "tokenizer").iterdir()]:
-        _ = file.unlink() if file.name != "tokenizer_config.json" else None
-    refused("wordless/tokenizer: has no vocabulary", *collect, tmp_path / "wordless", "--prompts", prompts)
-    index = shutil.copytree(folder, tmp_path / "custom") / "model_index.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": ["pipeline", "Mine"]}))
-    refused("custom: is a ['pipeline', 'Mine'] of", *collect, tmp_path / "custom", "--prompts", prompts)
-    network = pipeline.components(folder)[0]
-    kind = teacher.load(folder)[0].net.kind
-    for place, said, change in (
-        ("text_encoder", "its text_encoder", {"vocab_size": 7}),
-        (network.name, f"not a readable {kind}", {"cross_attention_dim": 8, "joint_attention_dim": 8}),
-    ):
-        shutil.copytree(folder, tmp_path / place)
-        file = tmp_path / place / place / "config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-        refused(said, *collect, tmp_path / place, "--prompts", prompts)
-    if (folder / "text_encoder_2").is_dir():  # what it says of a whole text is of another width
-        two = transformers.CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2")
-        other = transformers.CLIPTextModelWithProjection(type(two.config)(**{**two.config.to_dict(), "projection_dim": 5}))
-        other.save_pretrained(shutil.copytree(folder, tmp_path / "narrow") / "text_encoder_2")
-        refused("its whole texts have", *collect, tmp_path / "narrow", "--prompts", prompts)
-    if (folder / "text_encoder_3").is_dir():
-        index = shutil.copytree(folder, tmp_path / "two") / "model_index.json"
-        absent = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
-        index.write_text(json.dumps({**json.loads(index.read_text()), **absent}))
-        refused("has no text_encoder_3", *collect, tmp_path / "two", "--prompts", prompts)
-    if kind == "UNet2DConditionModel":
-        file = shutil.copytree(folder, tmp_path / "longer") / "tokenizer/tokenizer_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 13}))
-        refused("its text encoders do not fit", *collect, tmp_path / "longer", "--prompts", prompts)
+def edit_json(file: Path, **changes: Any) -> None:
+    """Change entries of a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def words_to_pair(teacher: Path, out: Path, *words: object) -> tuple[object, ...]:
+    """Return the command that collects eight pairs from a teacher."""
+    common = ("--teacher", teacher, "--out", out, "--pairs", "8", "--steps", "1")
+    return ("collect", *common, *words)
+
+
+def test_a_text_teacher_without_prompts_is_refused(folder, tmp_path, capfd):
+    assert_refused(capfd, words_to_pair(folder, tmp_path / "x"), folder, "--prompts")
+
+
+def test_prompts_for_a_teacher_without_texts_are_refused(workspace, prompts, tmp_path, capfd):
+    digits = workspace.path / "runs/demo/teacher"
+    words = words_to_pair(digits, tmp_path / "x", "--prompts", prompts)
+    assert_refused(capfd, words, "prompts", digits)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [(b"", ()), (b"\xe9\n", ("UTF-8",)), (None, ())],
+    ids=["empty", "Latin 1", "missing"],
+)
+def test_a_bad_file_of_prompts_is_refused(folder, tmp_path, capfd, content, named):
+    file = tmp_path / "bad.txt"
+    if content is not None:
+        file.write_bytes(content)
+    words = words_to_pair(folder, tmp_path / "x", "--prompts", file)
+    assert_refused(capfd, words, "bad.txt", *named)
+
+
+def remove_tokenizer(bad: Path) -> tuple[str, ...]:
+    """Remove the tokenizer; return what the refusal names."""
+    shutil.rmtree(bad / "tokenizer")
+    return ("bad", "tokenizer")
+
+
+def remove_vocabulary(bad: Path) -> tuple[str, ...]:
+    """Leave only the tokenizer's config; return what the refusal names."""
+    for file in [*(bad / "tokenizer").iterdir()]:
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+    return ("bad/tokenizer", "vocab")
+
+
+def name_custom_class(bad: Path) -> tuple[str, ...]:
+    """Make the pipeline one with custom code; return what the refusal names."""
+    edit_json(bad / "model_index.json", _class_name=["pipeline", "Mine"])
+    return ("bad", "Mine")
+
+
+def change_vocabulary_size(bad: Path) -> tuple[str, ...]:
+    """Give the text encoder another size than its weights; return what the refusal names."""
+    edit_json(bad / "text_encoder/config.json", vocab_size=7)
+    return ("bad", "text_encoder")
+
+
+def change_text_width(bad: Path) -> tuple[str, ...]:
+    """Give the network another width than its weights; return what the refusal names."""
+    network = find_components(bad)[0]
+    edit_json(network / "config.json", cross_attention_dim=8, joint_attention_dim=8)
+    kind = json.loads((network / "config.json").read_text())["_class_name"]
+    return (network.name, kind)
+
+
+def change_pooled_width(bad: Path) -> tuple[str, ...]:
+    """Give the second encoder's pooled text another width; return what the refusal names."""
+    if not (bad / "text_encoder_2").is_dir():
+        pytest.skip("the pipeline has one text encoder")
+    clip = transformers.CLIPTextModelWithProjection
+    config = clip.from_pretrained(bad / "text_encoder_2").config.to_dict()
+    other = clip(transformers.CLIPTextConfig(**{**config, "projection_dim": 5}))
+    other.save_pretrained(bad / "text_encoder_2")
+    return ("bad",)
+
+
+def remove_third_text_model(bad: Path) -> tuple[str, ...]:
+    """Leave out the third encoder; return what the refusal names."""
+    if not (bad / "text_encoder_3").is_dir():
+        pytest.skip("the pipeline has no third text encoder")
+    absent = [None, None]
+    edit_json(bad / "model_index.json", text_encoder_3=absent, tokenizer_3=absent)
+    return ("bad", "text_encoder_3")
+
+
+def lengthen_tokenizer(bad: Path) -> tuple[str, ...]:
+    """Make the tokenizer's texts longer than the encoder's; return what the refusal names."""
+    if find_components(bad)[0].name != "unet":
+        pytest.skip("another kind of tokenizer")
+    edit_json(bad / "tokenizer/tokenizer_config.json", model_max_length=13)
+    return ("bad", "text encoders", "tokenizers")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        remove_tokenizer,
+        remove_vocabulary,
+        name_custom_class,
+        change_vocabulary_size,
+        change_text_width,
+        change_pooled_width,
+        remove_third_text_model,
+        lengthen_tokenizer,
+    ],
+)
+def test_a_folder_with_parts_that_do_not_fit_is_refused(folder, prompts, tmp_path, capfd, damage):
+    bad = shutil.copytree(folder, tmp_path / "bad")
+    named = damage(bad)
+    words = words_to_pair(bad, tmp_path / "x", "--prompts", prompts)
+    assert_refused(capfd, words, *named)
+
+
+@pytest.fixture
+def student_words(folder, pairs, tmp_path):
+    """Return the command that trains a student on the pairs, but for the condition's file."""
+    return fit_words(
+        REPOSITORY / "configs/text/student.yaml",
+        tmp_path / "run",
+        *("--model.denoiser.folder", folder, "--model.initial", folder),
+        *("--model.codec", folder / "vae", "--model.condition.encoder", folder),
+        *("--data.source.path", pairs, "--data.batch", "8"),
+    )
+
+
+def test_pairs_of_other_prompts_are_refused(student_words, pairs, tmp_path, capfd):
     (tmp_path / "other.txt").write_text("a dog\n")
-    fit = ("fit", "--config", REPOSITORY / "configs/text/student.yaml", "--out", tmp_path / "run", "--trainer.logger", "false")
-    fit += ("--model.denoiser.folder", folder, "--model.initial", folder, "--model.codec", folder / "vae", "--data.batch", "8")
-    fit += ("--model.condition.encoder", folder, "--data.source.path", pairs, "--trainer.accelerator", "cpu")
-    refused("collected with prompts", *fit, "--model.condition.path", tmp_path / "other.txt")
-    refused(f"the network reads {teacher.load(folder)[0].net.tokens}", *fit, "--model.condition", "Unconditional")
+    words = (*student_words, "--model.condition.path", tmp_path / "other.txt")
+    assert_refused(capfd, words, pairs, "prompts")
 
 
-def test_networks_that_are_told_more_are_refused(folder, tmp_path):
+def test_a_text_network_without_texts_is_refused(student_words, folder, capfd):
+    words = (*student_words, "--model.condition", "Unconditional")
+    assert_refused(capfd, words, load_checkpoint(folder)[0].net.tokens)
+
+
+def test_a_network_that_reads_the_text_otherwise_is_refused(tmp_path):
     net = published.unet(addition_embed_type="text", addition_embed_type_num_heads=2)
-    net.save_pretrained(tmp_path / "more")
-    with pytest.raises(ValueError, match="its addition_embed_type is text, Pretrained knows text_time"):
-        Pretrained(str(tmp_path / "more"), tokens=12)
-    published.unet(num_class_embeds=3).save_pretrained(tmp_path / "classes")
-    with pytest.raises(ValueError, match="told more than a text"):
-        Pretrained(str(tmp_path / "classes"), tokens=12)
-    with pytest.raises(ValueError, match="tokens is 0"):
-        Pretrained(str(pipeline.components(folder)[0]))
-    denoiser = teacher.load(folder)[0]
-    shutil.copytree(folder, tmp_path / "other")
+    net.save_pretrained(tmp_path)
+    with refused(tmp_path, "addition_embed_type", "text", "text_time"):
+        Pretrained(str(tmp_path), tokens=12)
+
+
+def test_a_network_that_reads_texts_and_classes_is_refused(tmp_path):
+    published.unet(num_class_embeds=3).save_pretrained(tmp_path)
+    with refused(tmp_path, "num_class_embeds", 3):
+        Pretrained(str(tmp_path), tokens=12)
+
+
+def test_a_text_network_needs_the_number_of_tokens(folder):
+    network = find_components(folder)[0]
+    with refused(network, "tokens", 0):
+        Pretrained(str(network))
+
+
+def test_the_conditions_text_model_must_be_the_networks(folder, tmp_path):
+    denoiser = load_checkpoint(folder)[0]
+    Generator(denoiser, condition=Prompts(str(folder)))
+
+    other = shutil.copytree(folder, tmp_path / "other")
     encoder = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
     torch.nn.init.normal_(encoder.get_input_embeddings().weight)
-    encoder.save_pretrained(tmp_path / "other/text_encoder")
-    Generator(denoiser, condition=Prompts(str(folder)))
-    if not Prompts(str(folder)).zeros:  # else no text is encoded alike by all
-        with pytest.raises(ValueError, match="has not the text encoder"):
-            Generator(denoiser, condition=Prompts(str(tmp_path / "other")))
+    encoder.save_pretrained(other / "text_encoder")
+    if Prompts(str(folder)).zeros:
+        return  # all encoders give zeros for no text, so they cannot be told apart
+    with refused(other):
+        Generator(denoiser, condition=Prompts(str(other)))
 
 
-def test_a_teacher_is_the_same_whatever_machine_encoded_its_texts(folder):
-    denoiser = teacher.load(folder)[0]
-    before = teacher.fingerprint(denoiser)
-    denoiser.net.nothing.add_(1e-6)
-    assert teacher.fingerprint(denoiser) == before
+def test_rounding_of_the_empty_text_does_not_change_the_fingerprint(folder):
+    """Machines differ in the last bits of the encoded empty text."""
+    denoiser = load_checkpoint(folder)[0]
+    before = fingerprint(denoiser)
+    denoiser.net.empty_text.add_(1e-6)
+    assert fingerprint(denoiser) == before
+
+
+def test_a_changed_weight_changes_the_fingerprint(folder):
+    denoiser = load_checkpoint(folder)[0]
+    before = fingerprint(denoiser)
     next(denoiser.parameters()).data.add_(1e-6)
-    assert teacher.fingerprint(denoiser) != before
+    assert fingerprint(denoiser) != before
 
 
-def test_blocks_are_computed_again(folder):
-    """With `model.recompute` the gradients are the same, of activations that were not kept."""
-    denoisers = [teacher.load(folder)[0].requires_grad_(True) for _ in range(2)]
-    x_t, t, kept = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]), []
-    for denoiser, recompute in zip(denoisers, (False, True)):
-        Generator(denoiser, condition=Prompts(str(folder)), recompute=recompute).configure_model()
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[-1].append(x.numel()) or x, lambda x: x):
-            kept.append([])
-            loss = sum(part.square().mean() for part in denoiser(x_t, t))
-        loss.backward()
-    one, two = ([value.grad for value in denoiser.parameters() if value.grad is not None] for denoiser in denoisers)
-    assert len(one) == len(two) > 10 and sum(kept[1]) < 0.7 * sum(kept[0])
-    for a, b in zip(one, two):
+def gradients_and_memory(folder: Path, recompute: bool, inputs: Any) -> tuple[list[Any], int]:
+    """Return the gradients of a training step, and how many numbers it kept for them."""
+    denoiser = load_checkpoint(folder)[0].requires_grad_(True)
+    prompts = Prompts(str(folder))
+    Generator(denoiser, condition=prompts, recompute=recompute).configure_model()
+    sizes: list[int] = []
+
+    def count(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        loss = sum(part.square().mean() for part in denoiser(*inputs))
+    loss.backward()
+    gradients = [value.grad for value in denoiser.parameters() if value.grad is not None]
+    return gradients, sum(sizes)
+
+
+def test_recomputed_blocks_give_the_same_gradients_with_less_memory(folder):
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.8]))
+    expected, kept = gradients_and_memory(folder, False, inputs)
+    found, kept_recomputed = gradients_and_memory(folder, True, inputs)
+    assert len(expected) == len(found) > 10
+    for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(a, b)
+    assert kept_recomputed < 0.7 * kept
 
 
-def test_a_network_is_told_the_size_of_its_images_where_it_reads_it(tmp_path):
-    """As PixArt's of 1024 x 1024 are: the pipeline's own call, which gives sizes to no smaller network."""
+@pytest.fixture
+def sized_pixart(tmp_path):
+    """Return a PixArt for 1024 x 1024 pixels, which reads the size of its images."""
     published.pixart(use_additional_conditions=True).save_pretrained(tmp_path)
-    net, (x_t, clock) = Pretrained(str(tmp_path), tokens=6, pixels=1024), (torch.randn(2, 4, 8, 8), torch.tensor([900, 1]))
-    states, mask = torch.randn(2, 6, 32), torch.tensor([[1, 1, 0, 0, 0, 0], [1] * 6])
-    sizes = {"resolution": torch.tensor([[1024.0, 1024.0]] * 2), "aspect_ratio": torch.ones(2, 1)}
-    asked = {"encoder_hidden_states": states, "encoder_attention_mask": mask, "timestep": clock, "added_cond_kwargs": sizes}
+    return Pretrained(str(tmp_path), tokens=6, pixels=1024)
+
+
+PIXART_STATES = (torch.randn(2, 4, 8, 8), torch.tensor([900, 1]))
+PIXART_TEXTS = torch.randn(2, 6, 32)
+PIXART_MASK = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+
+
+def test_pixart_reads_the_size_of_its_images(sized_pixart):
+    """The call is the pipeline's own, which gives sizes only to networks of 1024 x 1024."""
+    x_t, timestep = PIXART_STATES
+    settings = {
+        "encoder_hidden_states": PIXART_TEXTS,
+        "encoder_attention_mask": PIXART_MASK,
+        "timestep": timestep,
+        "added_cond_kwargs": {
+            "resolution": torch.tensor([[1024.0, 1024.0], [1024.0, 1024.0]]),
+            "aspect_ratio": torch.ones(2, 1),
+        },
+    }
     with torch.no_grad():
-        told = net(x_t, clock, torch.cat([states, mask[..., None]], -1))
-        torch.testing.assert_close(told, net.model(x_t, **asked).sample[:, :4])
-        states[0, 3] += 1  # pads, and is not read
-        torch.testing.assert_close(told, net(x_t, clock, torch.cat([states, mask[..., None]], -1)))
+        found = sized_pixart(x_t, timestep, torch.cat([PIXART_TEXTS, PIXART_MASK[..., None]], -1))
+        expected = sized_pixart.model(x_t, **settings).sample[:, :4]
+    torch.testing.assert_close(found, expected)
 
 
-def test_a_tokenizer_of_sentencepiece_is_read(tmp_path, monkeypatch):
-    """As PixArt's folders have it: a model file, and nothing that tokenizers reads."""
-    sentencepiece = pytest.importorskip("sentencepiece", reason="needs sentencepiece: pip install 'rectify[text]'")
+def test_pixart_does_not_read_padding(sized_pixart):
+    changed = PIXART_TEXTS.clone()
+    changed[0, 3] += 1
+    with torch.no_grad():
+        expected, found = (
+            sized_pixart(*PIXART_STATES, torch.cat([texts, PIXART_MASK[..., None]], -1))
+            for texts in (PIXART_TEXTS, changed)
+        )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.fixture
+def sentencepiece_folder(tmp_path):
+    """Return a PixArt with a tokenizer of sentencepiece: a model file alone, as it is published."""
+    sentencepiece = pytest.importorskip(
+        "sentencepiece", reason="needs sentencepiece: pip install 'rectify[text]'"
+    )
+    settings = {"vocab_size": 30, "hard_vocab_limit": False}
+    tokens = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
     with (tmp_path / "model").open("wb") as file:
-        pieces = {"vocab_size": 30, "hard_vocab_limit": False, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS * 50), model_writer=file, **pieces)
-    published.pipeline("pixart", tmp_path).save_pretrained(tmp_path / "teacher")
-    place = tmp_path / "teacher/tokenizer"
-    shutil.rmtree(place)
-    place.mkdir()
-    (tmp_path / "model").rename(place / "spiece.model")
-    (place / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
-    told = Prompts(str(tmp_path / "teacher")).encode(["a red dog", "a cat"], torch.device("cpu"))
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(place / "spiece.model"))
-    assert told[..., -1].sum(1).tolist() == [1 + len(pieces.encode(text)) for text in ("a red dog", "a cat")]
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as where it is not installed
-    with pytest.raises(ValueError, match=r"a tokenizer of sentencepiece; pip install 'rectify\[text\]'"):
-        Prompts(str(shutil.copytree(tmp_path / "teacher", tmp_path / "again"))).encode(["a cat"], torch.device("cpu"))
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS * 50), model_writer=file, **settings, **tokens
+        )
+    folder = tmp_path / "teacher"
+    published.pipeline("pixart", tmp_path).save_pretrained(folder)
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    (tmp_path / "model").rename(folder / "tokenizer/spiece.model")
+    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}
+    (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
+    return folder
 
 
-def test_files_that_other_programs_wrote_mean_what_they_mean_there(folder, tmp_path):
-    """A byte order mark is no part of a prompt; an index that does not state the negative has diffusers' default."""
-    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa dog\r\na\xe2\x80\xa8cat")
-    assert Prompts(str(folder), str(tmp_path / "prompts.txt")).lines == ["a dog", "a\u2028cat"]
-    shutil.copytree(folder, tmp_path / "older")
-    told = json.loads((folder / "model_index.json").read_text())
-    index = {key: value for key, value in told.items() if key != "force_zeros_for_empty_prompt"}
-    (tmp_path / "older/model_index.json").write_text(json.dumps(index))
-    found = [Prompts(str(place)).empty for place in (folder, tmp_path / "older")]
-    assert torch.equal(*found)
+def test_a_sentencepiece_tokenizer_is_read(sentencepiece_folder):
+    import sentencepiece
+
+    texts = ["a red dog", "a cat"]
+    encoded = Prompts(str(sentencepiece_folder)).encode(texts, CPU)
+    model = str(sentencepiece_folder / "tokenizer/spiece.model")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=model)
+    lengths = [1 + len(pieces.encode(text)) for text in texts]
+    assert encoded[..., -1].sum(1).tolist() == lengths
+
+
+def test_without_sentencepiece_its_tokenizer_is_refused(sentencepiece_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with refused("tokenizer", "sentencepiece", "pip install 'rectify[text]'"):
+        Prompts(str(sentencepiece_folder)).encode(["a cat"], CPU)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(folder, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbfa dog\r\na\xe2\x80\xa8cat")
+    assert Prompts(str(folder), str(file)).lines == ["a dog", "a\u2028cat"]
+
+
+def test_an_index_without_the_negative_has_diffusers_default(folder, tmp_path):
+    older = shutil.copytree(folder, tmp_path / "older")
+    index = json.loads((older / "model_index.json").read_text())
+    index.pop("force_zeros_for_empty_prompt", None)
+    (older / "model_index.json").write_text(json.dumps(index))
+    assert torch.equal(Prompts(str(folder)).empty, Prompts(str(older)).empty)

@@ -1,30 +1,29 @@
-"""Teachers that are told texts, as Stable Diffusion and SDXL are: their pairs, their students, and back to plain diffusers."""
+"""Text-to-image teachers, e.g. Stable Diffusion: their pairs, and students for plain diffusers."""
 
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from data.files import read_json
 from data.pairs import PairSet
-from deploy.cli import main
-from deploy.pretrained import flow_scheduler, on_grid_of
-from models import teacher
+from models.checkpoint import fingerprint, load_checkpoint, newest_checkpoint, read_checkpoint
+from models.diffusers.scheduler import flow_scheduler, on_scheduler_grid
+from models.diffusers.text import Prompts
 from models.interpolant import Linear
 from models.sampler import DDIM
-from models.text import Prompts
-from tests.conftest import REPOSITORY
 from tests.deploy.text.conftest import TEXTS
+from tests.helpers.commands import REPOSITORY, run_command, succeed
+from tests.helpers.refusals import assert_refused
+from tests.helpers.training import train
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'rectify[text]'")
 
@@ -35,143 +34,232 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
 assert not {"models", "data", "trainer", "deploy"} & set(sys.modules), "code of ours was loaded"
 pipe.set_progress_bar_config(disable=True)
-asked = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "np", "generator": torch.manual_seed(7)}
-asked |= {"use_resolution_binning": False} if "PixArt" in type(pipe).__name__ else {}  # ours is smaller than any of its bins
-torch.save(torch.from_numpy(pipe(["zebra", "a cat"], **asked).images), sys.argv[2])
+settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "np"}
+if "PixArt" in type(pipe).__name__:
+    settings["use_resolution_binning"] = False  # ours is smaller than any of its bins
+images = pipe(["zebra", "a cat"], generator=torch.manual_seed(7), **settings).images
+torch.save(torch.from_numpy(images), sys.argv[2])
 """
 
 
-def test_pairs_are_what_the_pipeline_itself_draws(folder, pairs):
-    """The plain pipeline, guided at the same scale, from the same noises, told the same texts, each its own, on the same grid."""
+def sample_at_guidance_five(folder: Path, texts: list[str], noise: torch.Tensor) -> torch.Tensor:
+    """Return the latents that the plain pipeline draws in five steps at guidance 5, on our grid."""
     pipe = DiffusionPipeline.from_pretrained(folder)
-    told = {"guidance_scale": 5.0, "num_inference_steps": 5, "output_type": "latent"}
-    if "StableDiffusion3" in type(pipe).__name__:
-        pipe.scheduler, told["sigmas"] = FlowMatchEulerDiscreteScheduler(shift=1.0), [1.0, 0.8, 0.6, 0.4, 0.2]
-    else:
-        ends = {"clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **ends)
-    if "PixArt" in type(pipe).__name__:
-        told |= {"use_resolution_binning": False, "clean_caption": False}
     pipe.set_progress_bar_config(disable=True)
-    rows = [PairSet(pairs)[i] for i in range(16)]
-    assert [row["condition"] for row in rows] == [i % 5 for i in range(16)]
-    sigma = teacher.load(folder)[0].interpolant(torch.ones(()))[1]  # where a chain ends: not quite 1
-    eps, asked = sigma * torch.stack([row["noise"] for row in rows]), [TEXTS[row["condition"]] for row in rows]
-    ours = torch.stack([row["sample"] for row in rows])
-    theirs = pipe(asked, latents=eps, **told).images
+    settings: dict[str, Any] = {"guidance_scale": 5.0, "num_inference_steps": 5}
+    kind = type(pipe).__name__
+    if "StableDiffusion3" in kind:
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        settings["sigmas"] = [1.0, 0.8, 0.6, 0.4, 0.2]
+    else:
+        ends = {
+            "clip_sample": False,
+            "set_alpha_to_one": True,
+            "timestep_spacing": "trailing",
+        }
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **ends)
+    if "PixArt" in kind:
+        settings |= {"use_resolution_binning": False, "clean_caption": False}
+    return pipe(texts, latents=noise, output_type="latent", **settings).images
+
+
+def test_every_pair_is_what_the_pipeline_itself_draws_from_its_text(folder, pairs):
+    stored = [PairSet(pairs)[i] for i in range(16)]
+    lines = [pair["condition"] for pair in stored]
+    assert lines == [i % 5 for i in range(16)]
+
+    # The same noise, text, scale and grid give the same latents.
+    sigma = load_checkpoint(folder)[0].interpolant(torch.ones(()))[1]  # a chain ends just below 1
+    noise = sigma * torch.stack([pair["noise"] for pair in stored])
+    ours = torch.stack([pair["sample"] for pair in stored])
+    theirs = sample_at_guidance_five(folder, [TEXTS[line] for line in lines], noise)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2)
-    asked = [TEXTS[(row["condition"] + 1) % 5] for row in rows]
-    other = pipe(asked, latents=eps, **told).images
-    assert ((other - theirs).flatten(1).norm(dim=1) > 10 * (ours - theirs).flatten(1).norm(dim=1)).all()
+
+    # Other texts give others.
+    other = sample_at_guidance_five(folder, [TEXTS[(line + 1) % 5] for line in lines], noise)
+    gap = (ours - theirs).flatten(1).norm(dim=1)
+    assert ((other - theirs).flatten(1).norm(dim=1) > 10 * gap).all()
 
 
-def test_no_text_is_the_empty_one(folder, prompts):
-    denoiser, _, condition = teacher.load(folder)
-    x_t, t = torch.randn(3, 4, 8, 8), torch.tensor([0.2, 0.5, 1.0])
-    told = condition.of(prompts)
+def test_without_a_text_the_network_reads_the_empty_one(folder, prompts):
+    denoiser, _, condition = load_checkpoint(folder)
+    encode = condition.with_file(prompts)
+    x_t = torch.randn(3, 4, 8, 8)
+    t = torch.tensor([0.2, 0.5, 1.0])
     with torch.no_grad():
-        nothing, empty, cat = (
-            denoiser(x_t, t, cond)[1] for cond in (None, told(torch.tensor([3] * 3)), told(torch.ones(3).long()))
-        )
-    if not told.zeros:  # SDXL tells zeros of no text, which is not the empty one
-        torch.testing.assert_close(nothing, empty)
-    assert (nothing - empty).abs().max() > 1e-3 or not told.zeros
+        nothing = denoiser(x_t, t, None)[1]
+        empty = denoiser(x_t, t, encode(torch.tensor([3, 3, 3])))[1]
+        cat = denoiser(x_t, t, encode(torch.tensor([1, 1, 1])))[1]
     assert (nothing - cat).abs().max() > 1e-3
-    hidden = Prompts(str(folder), str(prompts), dropout=0.5)(torch.tensor([0, 1, 4]), lambda: torch.tensor([0.4, 0.6, 0.1]))
-    torch.testing.assert_close(hidden[1:2], told(torch.tensor([1])))
-    torch.testing.assert_close(hidden[::2], denoiser.net.nothing.expand(2, -1, -1))
+    if encode.zeros:  # SDXL encodes no text as zeros, which are not the empty text
+        assert (nothing - empty).abs().max() > 1e-3
+    else:
+        torch.testing.assert_close(nothing, empty)
 
 
-def train(monkeypatch, tmp_path, folder, pairs, prompts, *words):
-    """Train by the published configuration, in a folder in which it finds what it names; return its run."""
-    (runs := tmp_path / "runs/text").mkdir(parents=True, exist_ok=True)
-    for name, place in (("teacher", folder), ("pairs", pairs), ("prompts.txt", prompts)):
-        if not (runs / name).exists():
-            (runs / name).symlink_to(place)
+def test_dropout_replaces_texts_by_none(folder, prompts):
+    chances = torch.tensor([0.4, 0.6, 0.1])
+    half = Prompts(str(folder), str(prompts), dropout=0.5)
+    encoded = half(torch.tensor([0, 1, 4]), lambda: chances)
+    denoiser, _, condition = load_checkpoint(folder)
+    expected = condition.with_file(prompts)(torch.tensor([1]))
+    torch.testing.assert_close(encoded[1:2], expected)
+    torch.testing.assert_close(encoded[::2], denoiser.net.empty_text.expand(2, -1, -1))
+
+
+class Student:
+    """Trains students by the published config, in a folder that holds what the config names."""
+
+    def __init__(self, root: Path, folder: Path, pairs: Path, prompts: Path):
+        self.root = root
+        self.runs = root / "runs/text"
+        self.runs.mkdir(parents=True)
+        (self.runs / "teacher").symlink_to(folder)
+        (self.runs / "pairs").symlink_to(pairs)
+        (self.runs / "prompts.txt").symlink_to(prompts)
+
+    def train(self, name: str, *words: object, steps: int) -> Path:
+        """Train a student, and return its run."""
+        short = ("--data.batch", "8", "--optimizer.lr", "0.01")
+        average = ("--trainer.callbacks.init_args.decay", "0.5")
+        config = REPOSITORY / "configs/text/student.yaml"
+        return train(config, self.runs / name, *short, *average, *words, steps=steps)
+
+
+@pytest.fixture
+def student(tmp_path, folder, pairs, prompts, monkeypatch):
+    """Return a trainer of students, whose folder is the working directory."""
     monkeypatch.chdir(tmp_path)
-    short = ["--data.batch", "8", "--optimizer.lr", "0.01", "--trainer.logger", "false", "--trainer.accelerator", "cpu"]
-    config = ["--config", str(REPOSITORY / "configs/text/student.yaml")]
-    assert main(["fit", *config, *short, "--trainer.callbacks.init_args.decay", "0.5", *words]) == 0
-    return runs / "student"
+    return Student(tmp_path, folder, pairs, prompts)
 
 
-def ours(run, prompts):
-    denoiser, codec, condition = teacher.load(run)
-    told = condition.of(prompts)(torch.tensor([4, 1]))
-    eps, walk = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(7)), DDIM(4)
-    if isinstance(denoiser.interpolant, Linear):  # there a pipeline's grid begins at .999
-        walk, denoiser = on_grid_of(flow_scheduler(), denoiser, 4)
-    x = walk.walk(denoiser, eps, told)[-1]
+def sample_with_rectify(run: Path, prompts: Path) -> torch.Tensor:
+    """Return two images that our sampler draws in four steps."""
+    denoiser, codec, condition = load_checkpoint(run)
+    encoded = condition.with_file(prompts)(torch.tensor([4, 1]))
+    eps = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(7))
+    sampler = DDIM(4)
+    if isinstance(denoiser.interpolant, Linear):  # the grid of such a pipeline begins at .999
+        sampler, denoiser = on_scheduler_grid(flow_scheduler(), denoiser, 4)
+    x = sampler.integrate(denoiser, eps, encoded)[-1]
     return (codec.decode(x) / 2 + 0.5).clamp(0, 1)
 
 
-@pytest.mark.parametrize(("folder", "lora"), [("sd", 2), ("sdxl", 0), ("sd3", 2), ("pixart", 0)], indirect=["folder"])
-def test_a_student_goes_back_to_plain_stable_diffusion(folder, prompts, pairs, tmp_path, monkeypatch, lora):
-    peft = pytest.importorskip("peft", reason="needs peft: pip install 'rectify[lora]'") if lora else None
-    run = train(monkeypatch, tmp_path, folder, pairs, prompts, "--trainer.max_steps", "3", "--model.denoiser.lora", str(lora))
-    shutil.move(run, tmp_path / "moved")  # a run is whole by itself
-    for name in ("teacher", "prompts.txt"):
-        (tmp_path / "runs/text" / name).unlink()
-    assert main(["export", "--run", "moved", "--out", "runs/text/export", "--steps", "4"]) == 0
-    out = tmp_path / "runs/text/export"
-    assert "_name_or_path" not in (index := json.loads((out / "model_index.json").read_text())) and not index.get(
-        "requires_safety_checker"
-    )
-    subprocess.run([sys.executable, "-P", "-c", PLAIN, str(out), str(tmp_path / "theirs.pt")], check=True, cwd=tmp_path)
-    theirs = torch.load(tmp_path / "theirs.pt", weights_only=True).permute(0, 3, 1, 2)
-    drawn = ours(tmp_path / "moved", prompts)
-    torch.testing.assert_close(theirs, drawn, rtol=0, atol=1e-4)
-    assert (drawn - ours(folder, prompts)).abs().max() > 1e-3
-    assert read_json(out / "export.json")["max_abs_diff"] < 1e-4 and '["a prompt"]' in (out / "README.md").read_text()
-    delta = ["delta", "--run", "moved", "--base", str(folder), "--out", "delta.safetensors"]
-    if not peft:
-        again = ["--base", str(folder), "--apply", "delta.safetensors", "--out", "moved/consolidated/again.safetensors"]
-        assert main(delta) == 0 and main(["delta", *again]) == 0
-        one, two = (teacher.load(tmp_path / place)[0] for place in ("moved", again[-1]))
-        assert teacher.fingerprint(one) == teacher.fingerprint(two)
-    else:
-        assert main(delta) == 2
-        denoiser = teacher.load(folder)[0]  # of the base's network, in which peft puts the adapters
-        denoiser.net.model = peft.PeftModel.from_pretrained(denoiser.net.model, out / "lora").eval()
-        asked = torch.randn(2, 4, 8, 8), torch.tensor([0.1, 0.9]), Prompts(str(folder), str(prompts))(torch.tensor([4, 1]))
-        with torch.no_grad():
-            (one, _), (two, _) = (net(*asked) for net in (denoiser, teacher.load(out)[0]))
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+def sample_with_diffusers(out: Path, folder: Path) -> torch.Tensor:
+    """Return the same images, sampled by plain diffusers in a separate process."""
+    words = [sys.executable, "-P", "-c", PLAIN, str(out), str(folder / "theirs.pt")]
+    subprocess.run(words, check=True, cwd=folder)
+    return torch.load(folder / "theirs.pt", weights_only=True).permute(0, 3, 1, 2)
 
 
-def test_a_run_goes_on_where_it_was(folder, prompts, pairs, tmp_path, monkeypatch):
-    more = ("--trainer.precision", "32-true", "--model.condition.dropout", "0.3")
-    (tmp_path / "whole").mkdir()
-    undisturbed = train(monkeypatch, tmp_path / "whole", folder, pairs, prompts, "--trainer.max_steps", "4", *more)
-    train(monkeypatch, tmp_path, folder, pairs, prompts, "--trainer.max_steps", "2", *more)
-    parts = train(monkeypatch, tmp_path, folder, pairs, prompts, "--trainer.max_steps", "4", *more)
-    one, two = (teacher.read(teacher.newest(run)) for run in (undisturbed, parts))
+def assert_delta_restores(run: str, base: Path, folder: Path) -> None:
+    """Assert that a student is its base and a delta."""
+    again = folder / "moved/consolidated/again.safetensors"
+    succeed("delta", "--run", run, "--base", base, "--out", "delta.safetensors")
+    succeed("delta", "--base", base, "--apply", "delta.safetensors", "--out", again)
+    one, two = (load_checkpoint(path)[0] for path in (folder / run, again))
+    assert fingerprint(one) == fingerprint(two)
+
+
+def assert_adapters_alone_restore(out: Path, base: Path, prompts: Path) -> None:
+    """Assert that peft puts exported adapters into the base's network."""
+    import peft
+
+    denoiser = load_checkpoint(base)[0]
+    adapted = peft.PeftModel.from_pretrained(denoiser.net.model, out / "lora")
+    denoiser.net.model = adapted.eval()
+    x_t = torch.randn(2, 4, 8, 8)
+    t = torch.tensor([0.1, 0.9])
+    encoded = Prompts(str(base), str(prompts))(torch.tensor([4, 1]))
+    with torch.no_grad():
+        found = denoiser(x_t, t, encoded)[0]
+        expected = load_checkpoint(out)[0](x_t, t, encoded)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("folder", "lora"),
+    [("sd", 2), ("sdxl", 0), ("sd3", 2), ("pixart", 0)],
+    indirect=["folder"],
+)
+def test_a_student_goes_back_to_plain_diffusers(student, folder, prompts, tmp_path, lora):
+    if lora:
+        pytest.importorskip("peft", reason="needs peft: pip install 'rectify[lora]'")
+    run = student.train("student", "--model.denoiser.lora", lora, steps=3)
+
+    # A run needs neither its folder's name nor its teacher.
+    shutil.move(run, tmp_path / "moved")
+    (student.runs / "teacher").unlink()
+    (student.runs / "prompts.txt").unlink()
+    succeed("export", "--run", "moved", "--out", "runs/text/export", "--steps", "4")
+    out = student.runs / "export"
+
+    # Plain diffusers draws the same images, and not the teacher's.
+    ours = sample_with_rectify(tmp_path / "moved", prompts)
+    torch.testing.assert_close(sample_with_diffusers(out, tmp_path), ours, rtol=0, atol=1e-4)
+    assert (ours - sample_with_rectify(folder, prompts)).abs().max() > 1e-3
+
+    # The folder has a plain index, the gap to our images, and a card that uses texts.
+    index = json.loads((out / "model_index.json").read_text())
+    assert "_name_or_path" not in index
+    assert not index.get("requires_safety_checker")
+    assert read_json(out / "export.json")["max_abs_diff"] < 1e-4
+    assert '["a prompt"]' in (out / "README.md").read_text()
+
+    # The difference to the teacher is a delta, or the adapters.
+    if not lora:
+        assert_delta_restores("moved", folder, tmp_path)
+        return
+    assert run_command("delta", "--run", "moved", "--base", folder, "--out", "delta") == 2
+    assert_adapters_alone_restore(out, folder, prompts)
+
+
+def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(student):
+    words = ("--trainer.precision", "32-true", "--model.condition.dropout", "0.3")
+    whole = student.train("whole", *words, steps=4)
+    student.train("resumed", *words, steps=2)
+    resumed = student.train("resumed", *words, steps=4)
+    expected, found = (read_checkpoint(newest_checkpoint(run)) for run in (whole, resumed))
     for part in ("state_dict", "ema"):
-        assert all(torch.equal(value, two[part][key]) for key, value in one[part].items())
+        for key, value in expected[part].items():
+            assert torch.equal(value, found[part][key]), key
 
 
-def test_images_are_drawn_of_prompts(folder, prompts, tmp_path, capfd):
-    words = ["sample", "--run", str(folder), "--steps", "1", "--count", "10", "--out", str(tmp_path / "drawn.png")]
-    assert main([*words, "--prompts", str(prompts)]) == 0 and (tmp_path / "drawn.png").stat().st_size
-    assert main(words) == 2 and "is told texts; give them" in capfd.readouterr().err
+def test_images_are_sampled_from_prompts(folder, prompts, tmp_path):
+    out = tmp_path / "images.png"
+    words = ("--steps", "1", "--count", "10", "--out", out)
+    succeed("sample", "--run", folder, *words, "--prompts", prompts)
+    assert out.stat().st_size
 
 
-class Means(torch.nn.Module):
-    """Features: the means of parts of an image."""
+def test_drawing_without_prompts_is_refused(folder, tmp_path, capfd):
+    words = ("--steps", "1", "--count", "10", "--out", tmp_path / "images.png")
+    assert_refused(capfd, ("sample", "--run", folder, *words), "prompts", folder)
+
+
+class BlockMeans(torch.nn.Module):
+    """Features: the means of four blocks of an image."""
 
     def forward(self, x):
         return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
 
 
 @pytest.mark.parametrize("folder", ["sd"], indirect=True)
-def test_a_text_model_is_evaluated_on_images_without_labels(folder, prompts, tmp_path):
+def test_a_text_model_is_measured_on_images_without_labels(folder, prompts, tmp_path):
+    # Images, and an extractor of features.
     for i in range(24):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-    assert main(["pack", "--images", str(tmp_path), "--out", str(tmp_path / "set"), "--size", "16"]) == 0
-    torch.jit.script(Means()).save(tmp_path / "means.pt")
-    words = ["--run", str(folder), "--images", str(tmp_path / "set"), "--out", str(tmp_path / "evaluation"), "--samples", "100"]
-    more = ["--steps", "[1,2]", "--extractor", str(tmp_path / "means.pt"), "--prompts", str(prompts), "--guidance", "2"]
-    assert main(["evaluate", *words, *more]) == 0
-    found = read_json(tmp_path / "evaluation/evaluation.json")["steps"]
-    assert [found[steps]["nfe"] for steps in ("1", "2")] == [2, 4]
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    succeed("pack", "--images", tmp_path, "--out", tmp_path / "set", "--size", "16")
+    torch.jit.script(BlockMeans()).save(tmp_path / "means.pt")
+
+    inputs = ("--run", folder, "--images", tmp_path / "set", "--prompts", prompts)
+    settings = ("--samples", "100", "--steps", "[1,2]", "--guidance", "2")
+    extractor = ("--extractor", tmp_path / "means.pt")
+    out = tmp_path / "evaluation"
+    succeed("evaluate", *inputs, *settings, *extractor, "--out", out)
+
+    found = read_json(out / "evaluation.json")["steps"]
+    assert found["1"]["nfe"] == 2
+    assert found["2"]["nfe"] == 4
     assert all(row["fd"] > 0 and "accuracy" not in row for row in found.values())

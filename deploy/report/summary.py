@@ -1,0 +1,296 @@
+"""The figures of a pipeline: summary.json, and the table that is printed."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.files import errors_named, read_json
+from data.schema import COUNT, NAME, NUMBER, SHA256, check_schema
+from trainer.callbacks.metrics_log import read_log
+
+STEPS_SCHEMA = {"fd": float, "nfe": COUNT, "recall": float, "precision": float}
+EVALUATION_SCHEMA = {
+    "steps": {NUMBER: STEPS_SCHEMA},
+    "first_orderness": float,
+    "floors": {"autoencoder": float, "bootstrap": float},
+}
+MEASUREMENT_SCHEMA = {
+    "features": {"extractor": str, "sha256": SHA256, "size": (None, COUNT), "resize": str},
+    "reference": SHA256,
+    "settings": {"samples": COUNT, "seed": int},
+}
+EXPORT_SCHEMA = {"max_abs_diff": float, "gaps": {NUMBER: {"native_grid": float}}}
+STAGE_SCHEMA = {"words": [str], "seconds": float}
+
+
+def read_checked(path: Path, schema: dict[Any, Any]) -> dict[str, Any]:
+    """Read a JSON result and check it against a schema."""
+    value = read_json(path)
+    check_schema(value, schema, str(path))
+    return value
+
+
+def column(rows: Iterable[dict[str, Any]], key: str) -> list[Any]:
+    """Return the values of a key, of the rows that have it."""
+    return [row[key] for row in rows if key in row]
+
+
+def read_stages(out: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of a pipeline's finished stages, in order, by name."""
+    stages = {}
+    for path in sorted((out / "stages").glob("*.json")):
+        stages[path.stem.partition("-")[2]] = read_checked(path, STAGE_SCHEMA)
+    return stages
+
+
+def summarize(out: Path) -> dict[str, Any]:
+    """Return the summary of a pipeline's folder.
+
+    It has the floors, an entry for each evaluated model, the export's differences, the costs, and
+    the seconds of the stages.
+
+    Raises:
+        FileNotFoundError: nothing was evaluated.
+    """
+    # read the evaluations
+    paths = sorted((out / "evaluation").glob("*/evaluation.json"))
+    evaluations = {}
+    for path in paths:
+        evaluations[path.parent.name] = read_checked(path, EVALUATION_SCHEMA)
+    if not evaluations:
+        raise FileNotFoundError(
+            f"{out / 'evaluation'}: there is no evaluation.json in it; run `rectify evaluate` first"
+        )
+
+    # floors, and quality by steps
+    first = next(iter(evaluations.values()))
+    summary: dict[str, Any] = {
+        "format": 1,
+        "floor": first["floors"]["autoencoder"],
+        "floors": first["floors"],
+    }
+    key = "classifier_accuracy_heldout"
+    if key in first:  # the images have classes
+        check_schema(first, {key: float}, str(paths[0]))
+        summary[key] = first[key]
+    for name, evaluation in evaluations.items():
+        summary[name] = evaluation["steps"]
+
+    # trajectories, and drift from the real images
+    first_orderness = {}
+    straightness = {}
+    drift: dict[str, dict[str, float]] = {}
+    for name, evaluation in evaluations.items():
+        first_orderness[name] = evaluation["first_orderness"]
+        if "straightness" in evaluation:
+            straightness[name] = evaluation["straightness"]
+        for steps, row in evaluation["steps"].items():
+            if "drift" in row:
+                drift.setdefault(name, {})[steps] = row["drift"]
+    summary["first_orderness"] = first_orderness
+    summary["straightness"] = straightness
+    summary["drift"] = drift
+    schema = {"straightness": {NAME: float}, "drift": {NAME: {NUMBER: float}}}
+    check_schema(summary, schema, str(out / "evaluation"))
+
+    # the export
+    path = out / "export" / "export.json"
+    export: dict[str, Any] = {"max_abs_diff": None, "gaps": {}}
+    if path.exists():
+        export = read_checked(path, EXPORT_SCHEMA)
+    summary["export_max_abs_diff"] = export["max_abs_diff"]
+    summary["export_native_grid_diff"] = {}
+    for steps, gap in export["gaps"].items():
+        summary["export_native_grid_diff"][steps] = gap["native_grid"]
+
+    # how it was measured, and what it cost
+    summary["measured"] = {}
+    for name, evaluation in evaluations.items():
+        if "features" in evaluation:
+            summary["measured"][name] = describe_measurement(evaluation, name)
+    summary["cost"] = sum_costs(out)
+    summary["seconds"] = {}
+    for name, stage in read_stages(out).items():
+        summary["seconds"][name] = stage["seconds"]
+    if {"teacher", "student"} <= evaluations.keys():
+        summary["targets"] = check_targets(summary["teacher"], summary["student"], summary["cost"])
+    return summary
+
+
+def describe_measurement(evaluation: dict[str, Any], name: str) -> str:
+    """Return how an evaluation was measured: extractor, resize filter, reference, samples, seed."""
+    check_schema(evaluation, MEASUREMENT_SCHEMA, f"evaluation of {name}")
+    features = evaluation["features"]
+    settings = evaluation["settings"]
+    size = f" to {features['size']}" if features["size"] else ""
+    return (
+        f"{features['extractor']} {features['sha256'][:12]}, resize {features['resize']}{size}, "
+        f"reference {evaluation['reference'][:12]}, "
+        f"{settings['samples']} samples of seed {settings['seed']}"
+    )
+
+
+def run_log(run: Path) -> list[dict[str, Any]]:
+    """Return the values of each line of a run's log.
+
+    Raises:
+        ValueError: the log ends before the newest checkpoint, so that lines were lost.
+    """
+    log = [values for _, values in read_log(run / "metrics.jsonl")]
+    newest = max((run / "checkpoints").glob("step=*.ckpt"), default=None)
+    config_path = run / "config.yaml"
+    if not (newest and config_path.exists()):
+        return log
+
+    # compare its last step with the newest checkpoint's
+    with errors_named(config_path):
+        config = yaml.safe_load(config_path.read_text())
+        step = int(newest.stem.removeprefix("step="))
+        every = config["metrics"]["every"]
+        last_step = config["trainer"]["max_steps"]
+    reached = 0
+    gap = every  # the largest: `metrics.every` may have been larger before a restart
+    for values in log:
+        if "loss" in values:
+            gap = max(gap, values["step"] - reached)
+            reached = values["step"]
+    if reached < (step if step == last_step else step - gap + 1):
+        raise ValueError(
+            f"{run}/metrics.jsonl: it ends at step {reached}, but {newest.name} is newer; "
+            "its last lines are lost: restore the file, or train again"
+        )
+    return log
+
+
+def sum_costs(out: Path) -> dict[str, Any]:
+    """Return the network evaluations, on one sample each, of a pipeline's pair sets and runs.
+
+    Backward passes are not counted, nor is the evaluation of results.
+    """
+    stages: dict[str, int] = {}
+    for path in sorted(out.glob("*/manifest.json")):
+        manifest = read_json(path)
+        if manifest.get("kind") == "pairs" and "evaluations" in manifest:
+            check_schema(manifest, {"evaluations": COUNT}, str(path))
+            stages[path.parent.name] = manifest["evaluations"]
+    for path in sorted(out.glob("*/metrics.jsonl")):
+        counts = column(run_log(path.parent), "evaluations")
+        check_schema(counts, [COUNT], f"{path}: evaluations")
+        if counts:
+            stages[path.parent.name] = counts[-1]
+    return {"evaluations": stages, "total": sum(stages.values())}
+
+
+def models_by_steps(summary: dict[str, Any]) -> list[tuple[str, list[tuple[int, dict[str, Any]]]]]:
+    """Return every evaluated model, the teacher first, with its figures by rising steps."""
+    names = sorted(summary["first_orderness"], key=lambda name: (name != "teacher", name))
+    models = []
+    for name in names:
+        rows = sorted((int(steps), row) for steps, row in summary[name].items())
+        models.append((name, rows))
+    return models
+
+
+def check_targets(
+    teacher: dict[str, Any], student: dict[str, Any], cost: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the targets of rectification, each with its value, its bound and whether it is met.
+
+    They compare the student in few steps with the teacher in few and in many, and their costs.
+    """
+    few = teacher.get("1")
+    many = teacher[max(teacher, key=int)]
+    one = student.get("1")
+    four = student.get("4")
+    if not (few and one) or few == many:
+        return {}
+    targets: dict[str, Any] = {}
+
+    def at_most(name: str, value: float, bound: float) -> None:
+        targets[name] = {"value": value, "met": value <= bound, "at_most": bound}
+
+    def at_least(name: str, value: float, bound: float) -> None:
+        targets[name] = {"value": value, "met": value >= bound, "at_least": bound}
+
+    # quality
+    if few["fd"] > many["fd"] > 0:
+        at_most("gap_left", (one["fd"] - many["fd"]) / (few["fd"] - many["fd"]), 0.05)
+        at_most("fd_ratio", one["fd"] / many["fd"], 1.2)
+        if four:
+            at_most("fd_ratio_4", four["fd"] / many["fd"], 1.1)
+    if "accuracy" in one:
+        at_least("accuracy_gain", one["accuracy"] - many["accuracy"], -0.005)
+    if many["recall"] > 0:
+        at_least("recall_ratio", one["recall"] / many["recall"], 0.9)
+
+    # cost, of these stages alone: the folder may hold runs of other methods
+    stages = cost["evaluations"]
+    if stages.get("teacher") and "student" in stages:
+        spent = stages.get("pairs", 0) + stages["student"]
+        at_most("cost_ratio", spent / stages["teacher"], 2.0)
+    return targets
+
+
+def join_values(values: dict[str, float], pattern: str) -> str:
+    """Return "NAME VALUE, NAME VALUE", each value formatted by a pattern such as ".4f"."""
+    return ", ".join(f"{name} {value:{pattern}}" for name, value in values.items())
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """Return the summary as text: the table of quality against steps, and lines below it."""
+    # the table
+    header = f"{'model':10}{'steps':>6}{'NFE':>6}{'FD':>10}{'accuracy':>10}{'recall':>9}"
+    lines = [f"{header}{'precision':>11}"]
+    for name, rows in models_by_steps(summary):
+        for steps, row in rows:
+            accuracy = f"{row['accuracy']:.4f}" if "accuracy" in row else "-"
+            lines.append(
+                f"{name:10}{steps:>6}{row['nfe']:>6}{row['fd']:>10.4f}{accuracy:>10}"
+                f"{row['recall']:>9.4f}{row['precision']:>11.4f}"
+            )
+
+    # how it was measured
+    measured = summary.get("measured", {})
+    for text in dict.fromkeys(measured.values()):
+        names = [name for name in measured if measured[name] == text]
+        lines.append(f"measured with {text} ({', '.join(names)})")
+    autoencoder = summary["floors"]["autoencoder"]
+    bootstrap = summary["floors"]["bootstrap"]
+    lines.append(f"floor: autoencoder {autoencoder:.4f}, bootstrapped real images {bootstrap:.4f}")
+
+    # trajectories, costs and drift
+    lines.append(f"first-orderness: {join_values(summary['first_orderness'], '.4f')}")
+    if summary.get("straightness"):
+        lines.append(f"straightness: {join_values(summary['straightness'], '.4f')}")
+    costs = summary.get("cost", {}).get("evaluations")
+    if costs:
+        total = summary["cost"]["total"]
+        lines.append(f"network evaluations: {join_values(costs, ',')}; total {total:,}")
+    for name, drifts in summary.get("drift", {}).items():
+        values = [f"{drifts[n]:+.4f} at {n}" for n in sorted(drifts, key=int)]
+        lines.append(f"drift of {name}, by steps: {', '.join(values)}")
+
+    # targets
+    for name, target in summary.get("targets", {}).items():
+        if "at_most" in target:
+            bound = f"at most {target['at_most']}"
+        else:
+            bound = f"at least {target['at_least']}"
+        verdict = "met" if target["met"] else "NOT met"
+        lines.append(f"{name}: {target['value']:.4f} ({bound}: {verdict})")
+
+    # the export
+    difference = summary["export_max_abs_diff"]
+    if difference is not None:
+        worst = max(summary["export_native_grid_diff"].values(), default=math.nan)
+        lines.append(
+            f"export: its images differ from those of rectify's sampler by at most {difference:.1e}"
+        )
+        lines.append(
+            "export: its scheduler's grid starts at sigma .999; images on rectify's uniform grid "
+            f"differ by at most {worst:.1e}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,185 @@
+"""Checkpoints: denoisers read from our runs and checkpoints, or from diffusers pipelines.
+
+No code from a checkpoint is run.
+"""
+
+import hashlib
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.codec import Codec, load_codec
+from models.condition import Condition
+from models.denoiser import Denoiser
+from models.description import build, identity
+from models.diffusers.text import Prompts
+from models.tensors import read_safetensors
+
+CODEC = "codec"  # folder of the frozen codec in a run
+TEXTS = "texts"  # folder of the text encoders in a run
+FORMAT = 2  # of what `Generator` adds to a checkpoint under "rectify"
+
+
+class LoadedModel(NamedTuple):
+    """What samples are drawn with."""
+
+    denoiser: Denoiser
+    codec: Codec
+    condition: Condition
+
+
+def load_checkpoint(path: str | Path) -> LoadedModel:
+    """Load a model from a run folder or a checkpoint, with the EMA weights if there are any.
+
+    The folder of a diffusers pipeline is loaded too (see `models.diffusers.pipeline`).
+
+    Raises:
+        FileNotFoundError: no such folder, or no checkpoint in it.
+        ValueError: the file is damaged, of another format, or not the checkpoint of a generator.
+    """
+    if (Path(path) / "model_index.json").is_file():
+        from models.diffusers.pipeline import load_pipeline  # diffusers is slow to import
+
+        return load_pipeline(Path(path))
+    file = newest_checkpoint(path)
+    checkpoint = read_checkpoint(file)
+    spec = checkpoint["rectify"]
+    if "denoiser" not in spec:
+        raise ValueError(
+            f"{file}: it has no denoiser (is it the run of an autoencoder or a normalizing flow?)"
+        )
+    # Build the denoiser and its condition, and load the weights.
+    try:
+        denoiser = build(spec["denoiser"])
+        condition = build(spec["condition"])
+        denoiser.load_state_dict(checkpoint.get("ema") or denoiser_weights(checkpoint))
+        if not isinstance(denoiser, Denoiser) or not isinstance(condition, Condition):
+            raise ValueError(f"it describes a {type(denoiser)} and a {type(condition)}")
+        if spec["codec"] not in (None, CODEC):
+            raise ValueError(f"its codec is {spec['codec']!r}")
+    except Exception as error:  # constructors and torch raise many kinds of errors
+        reason = str(error) or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"no entry {error}"
+        raise ValueError(
+            f"{file}: its description and weights do not make a denoiser ({reason})"
+        ) from error
+    denoiser.guidance = _check_guidance(spec.get("guidance"), file)
+    # Text encoders and codec are found in the run, wherever it was moved.
+    run = file.resolve().parent.parent
+    if isinstance(condition, Prompts) and (run / TEXTS).is_dir():
+        condition.encoder = str(run / TEXTS)
+    codec = load_codec(run / CODEC if spec["codec"] else None)
+    return LoadedModel(denoiser.eval().requires_grad_(False), codec, condition)
+
+
+def _check_guidance(value: Any, file: Path) -> float | list[float] | None:
+    """Return the guidance of a checkpoint's pairs: a number, [low, high], or None."""
+    if value is None:
+        return None
+    numbers = value if isinstance(value, list) and len(value) == 2 else [value]
+    for number in numbers:
+        if type(number) not in (int, float):
+            raise ValueError(f"{file}: guidance is {value!r}; it must be a number or [low, high]")
+    return value
+
+
+def newest_checkpoint(path: str | Path) -> Path:
+    """Return the newest checkpoint of a run folder; of a checkpoint, itself.
+
+    Raises:
+        FileNotFoundError: no such folder, or no checkpoint in it.
+    """
+    run = Path(path)
+    if run.is_file() or (run / "rest.pt").is_file():
+        return run
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run}: no such run folder; train one with `rectify fit`")
+    found = sorted((run / "checkpoints").glob("step=*.ckpt"))
+    if not found:
+        raise FileNotFoundError(
+            f"{run}: no checkpoint under {run / 'checkpoints'}; run its `rectify fit` first"
+        )
+    return found[-1]
+
+
+def read_checkpoint(path: str | Path, tensors: bool = True) -> dict[str, Any]:
+    """Read one of our checkpoints without running code from it.
+
+    Args:
+        path: a file, or the folder of a sharded checkpoint.
+        tensors: False skips the tensors of a sharded checkpoint.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or of another format; the message names it.
+    """
+    path = Path(path)
+    try:
+        checkpoint = _read_any(path, tensors)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such checkpoint") from None
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a readable checkpoint ({reason})") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("rectify"), dict):
+        raise ValueError(
+            f"{path}: not a checkpoint of rectify (it has no `rectify` entry); "
+            "use a run folder made by `rectify fit`"
+        )
+    found = checkpoint["rectify"].get("format")
+    if found != FORMAT:
+        raise ValueError(
+            f"{path}: checkpoint format {found}; this version reads format {FORMAT}; "
+            "train the run again with `rectify fit`"
+        )
+    # A checkpoint that was renamed would be resumed at the wrong step.
+    name = re.fullmatch(r"step=(\d+)", path.stem)
+    if name:
+        step = checkpoint.get("global_step", int(name[1]))
+        if step != int(name[1]):
+            raise ValueError(f"{path}: contains step {step}; rename it to that step")
+    return checkpoint
+
+
+def _read_any(path: Path, tensors: bool) -> Any:
+    """Read a sharded checkpoint, a safetensors file, or a file of torch.save."""
+    if path.is_dir():
+        from models import sharded  # torch.distributed is slow to import
+
+        return sharded.read(path) if tensors else sharded.read_rest(path)
+    if path.suffix == ".safetensors":
+        average, metadata = read_safetensors(path)
+        return {"rectify": json.loads(metadata["rectify"]), "state_dict": {}, "ema": average}
+    with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"the checksum of its entry {damaged} does not match")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def denoiser_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the denoiser's training weights in a generator's checkpoint."""
+    prefix = "denoiser."
+    weights = {}
+    for key, value in checkpoint["state_dict"].items():
+        if key.startswith(prefix):
+            weights[key.removeprefix(prefix)] = value
+    return weights
+
+
+def fingerprint(denoiser: nn.Module) -> str:
+    """Return a sha256 that identifies a denoiser: its description and the bits of its weights."""
+    digest = hashlib.sha256(identity(denoiser).encode())
+    for name, value in sorted(denoiser.state_dict().items()):
+        if name.endswith(".empty_text"):  # made by text encoders; its last bits depend on the CPU
+            continue
+        digest.update(name.encode())
+        data = value.detach().cpu().contiguous().view(torch.uint8)
+        digest.update(data.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Everything that rectify knows about diffusers' networks, schedulers and pipelines."""

@@ -1,0 +1,1 @@
+"""Shared by many tests: commands, refusals, training in this process, small teachers."""

@@ -1,0 +1,196 @@
+"""Checks that denoiser, condition, codec and data belong together.
+
+Each raises a ValueError of one line that names the option to change.
+"""
+
+from typing import Any
+
+import torch
+
+from data.batch import IndexedDataset
+from data.pairs import Pairs
+from data.sequential import SequentialTars
+from models.codec import KL, Codec
+from models.condition import Condition
+from models.denoiser import Denoiser
+from models.description import build, describe
+from models.diffusers.networks import Pretrained
+from models.diffusers.text import Prompts
+
+
+def check_condition(denoiser: Denoiser, condition: Condition | None) -> None:
+    """Check that the condition gives what the network takes."""
+    net = denoiser.net
+    if getattr(net, "needs_class", False) and getattr(condition, "dropout", 0):
+        raise ValueError(
+            "model.condition.dropout: this network has no label for 'no class'; set it to 0"
+        )
+
+    # The number of tokens of a text, 0 without texts.
+    net_tokens = getattr(net, "tokens", 0)
+    tokens = len(condition.empty) if isinstance(condition, Prompts) else 0
+    if net_tokens != tokens:
+        raise ValueError(
+            f"model.condition: gives texts of {tokens} tokens, the network takes {net_tokens} "
+            "(0: no texts); use Prompts for a network that takes texts"
+        )
+
+    # The text encoder, recognised by its encoding of the empty text.
+    if isinstance(condition, Prompts) and isinstance(net, Pretrained):
+        expected = net.empty_text
+        empty = condition.empty.to(expected.device)
+        if empty.shape != expected.shape or not torch.allclose(empty, expected, atol=1e-3):
+            raise ValueError(
+                f"model.condition.encoder: {condition.encoder} is not the text encoder of this "
+                "network"
+            )
+
+
+def check_source(
+    source: IndexedDataset | SequentialTars,
+    denoiser: Denoiser,
+    condition: Condition,
+    codec: Codec,
+) -> None:
+    """Check that the samples of a source fit the codec, the network and the condition."""
+    manifest = source.manifest
+    sample = source.sample()
+
+    # 1. The classes of network and condition.
+    net_classes = getattr(denoiser.net, "classes", None)
+    classes = getattr(condition, "classes", 0)
+    if net_classes is not None and net_classes != classes:
+        raise ValueError(
+            f"model.denoiser.net.classes is {net_classes}, model.condition.classes is {classes}; "
+            "make them equal"
+        )
+
+    # 2. The codec of latents. Latents that another program encoded do not record theirs.
+    if manifest["kind"] == "latents":
+        if not isinstance(codec, KL):
+            raise ValueError(
+                "model.codec: the data are latents; give the codec folder beside them "
+                "(LATENTS/codec)"
+            )
+        weights = codec.weights()
+        if manifest.get("codec", weights) != weights:
+            raise ValueError(
+                f"model.codec: {codec.path} is not the codec that encoded {source}; give the "
+                "codec folder beside the latents (LATENTS/codec)"
+            )
+
+    # 3. The shape of x.
+    x = sample.x if sample.latent else codec.encode(sample.x)
+    shape = tuple(x.shape[1:])
+    if shape != denoiser.shape:
+        raise ValueError(
+            f"data.source: the shape (channels, size, size) of a sample is {shape}, "
+            f"model.denoiser.net is built for {denoiser.shape}"
+        )
+
+    # 4. The classes of data and condition.
+    data_classes = len(manifest.get("classes") or [])
+    if classes and data_classes > classes:
+        raise ValueError(
+            f"data.source: has {data_classes} classes, model.condition.classes is {classes}"
+        )
+
+
+def check_pairs(
+    pairs: Pairs, denoiser: Denoiser, condition: Condition, teacher_hash: str | None
+) -> None:
+    """Check that a student can learn from these pairs.
+
+    Args:
+        pairs: the pairs.
+        denoiser: the student.
+        condition: the student's condition.
+        teacher_hash: fingerprint of the teacher that the student starts from; None if it
+            starts from none.
+    """
+    if not pairs.allow_conversion:
+        check_same_part(pairs, "interpolant", denoiser.interpolant)
+        check_same_part(pairs, "prediction", denoiser.prediction)
+    if teacher_hash:
+        pairs.check_provenance("teacher", teacher_hash)
+    if isinstance(condition, Prompts):
+        pairs.check_provenance("prompts", condition.digest)
+    if isinstance(pairs.guidance, list) and not denoiser.reads_guidance:
+        low, high = pairs.guidance
+        raise ValueError(
+            f"data.source: {pairs.path} records guidance scales, from {low:g} to {high:g}, which "
+            "the network does not read; set model.denoiser.net.guidance_embedded"
+        )
+
+
+def check_same_part(pairs: Pairs, part: str, configured: Any) -> None:
+    """Check that pairs were collected with the student's interpolant or prediction.
+
+    Args:
+        pairs: their manifest describes the teacher's.
+        part: "interpolant" or "prediction".
+        configured: the student's.
+    """
+    stored = pairs.manifest.get(part)
+    if stored == describe(configured):
+        return
+    try:
+        collected = build(stored)
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{pairs.path}/manifest.json: its {part} describes none of this version ({error}); "
+            "collect the pairs again"
+        ) from error
+    # An argument that the description lacks has its default.
+    if describe(collected) != describe(configured):
+        raise ValueError(
+            f"{pairs.path}: collected with {part} {collected!r}, the student's is {configured!r}; "
+            "to convert them, set data.source.allow_conversion"
+        )
+
+
+def check_same_model(run: object, key: str, stored: Any, configured: Any) -> None:
+    """Check that a run that is resumed has the configured model.
+
+    Args:
+        run: the run folder, for the message.
+        key: the model's option, for the message.
+        stored: description of the model in the run's checkpoint.
+        configured: description of the configured model.
+    """
+    differences = find_differences(key, stored, configured)
+    if differences:
+        raise ValueError(
+            f"{run}: holds a run of another model ({'; '.join(differences)}); choose another --out"
+        )
+
+
+def find_differences(key: str, stored: Any, configured: Any) -> list[str]:
+    """Return how two descriptions differ, one text for each argument that does."""
+    if stored == configured:
+        return []
+    is_same_class = (
+        isinstance(stored, dict)
+        and isinstance(configured, dict)
+        and stored.get("class_path") == configured.get("class_path")
+    )
+    if not is_same_class:
+        return [
+            f"{key} is {_shorten(stored)} in the run, {_shorten(configured)} in the configuration"
+        ]
+    differences = []
+    stored_arguments = stored.get("init_args") or {}
+    configured_arguments = configured.get("init_args") or {}
+    for name in sorted(stored_arguments.keys() | configured_arguments.keys()):
+        left = stored_arguments.get(name)
+        right = configured_arguments.get(name)
+        differences += find_differences(f"{key}.{name}", left, right)
+    return differences
+
+
+def _shorten(description: Any) -> str:
+    """Return a class's path, or a plain value of at most 60 characters."""
+    if isinstance(description, dict):
+        return str(description.get("class_path"))
+    text = repr(description)
+    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -1,0 +1,1 @@
+"""Jobs that torchrun spreads over processes: one file per verb of `rectify`."""

@@ -1,0 +1,1 @@
+"""Metrics of generated samples and of a denoiser's trajectories."""

@@ -1,0 +1,84 @@
+"""Distances between two sets of samples, given as points or as features."""
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+# torch.cdist's mode for exact distances: the fast one loses small distances to round-off.
+CDIST_MODE = "donot_use_mm_for_euclid_dist"
+
+
+class _PrecomputedFeatures(nn.Identity):
+    """Stands in for torchmetrics' Inception network: its input already consists of features."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.num_features = features
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Return the Frechet distance of Gaussians fitted to two sets of features.
+
+    Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
+
+    Args:
+        a: features, (n, d).
+        b: features, (m, d).
+    """
+    metric = FrechetInceptionDistance(_PrecomputedFeatures(a.shape[1]), normalize=True)
+    metric.update(a, real=True)
+    metric.update(b, real=False)
+    return float(metric.compute())
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """Return the energy distance 2 E|A - B| - E|A - A'| - E|B - B'| (Szekely and Rizzo 2013).
+
+    It is never negative. For two sets drawn from one distribution it is zero only in the limit of
+    many points: measure two such sets to see its floor.
+
+    Args:
+        a: points, (n, d).
+        b: points, (m, d).
+    """
+    between = _mean_distance(a, b)
+    within_a = _mean_distance(a, a)
+    within_b = _mean_distance(b, b)
+    return 2 * between - within_a - within_b
+
+
+def _mean_distance(a: Tensor, b: Tensor) -> float:
+    distances = torch.cdist(a, b, compute_mode=CDIST_MODE).double()
+    return distances.mean().item()
+
+
+def recall(real: Tensor, fake: Tensor, k: int = 3) -> float:
+    """Return the fraction of real features inside the k-nearest-neighbour balls of the fake ones.
+
+    With `real` and `fake` exchanged it is the precision.
+    Kynkaanniemi et al. 2019 (arXiv 1904.06991), eq. 1 and 2.
+
+    Args:
+        real: features of real images, (n, d).
+        fake: features of generated images, (m, d).
+        k: neighbours that set the radius of a ball.
+    """
+    # Each point is its nearest neighbour itself, hence k + 1.
+    neighbours = torch.cdist(fake, fake).kthvalue(k + 1, dim=1)
+    inside = torch.cdist(real, fake) <= neighbours.values
+    covered = inside.any(1).float()
+    return covered.mean().item()
+
+
+def nearest_distance(real: Tensor, fake: Tensor) -> float:
+    """Return the mean distance from a fake feature to its nearest real one.
+
+    A student's distance minus its teacher's is the drift: if it is positive, the student lost
+    some of the data by learning from generated samples (arXiv 2405.20320, arXiv 2510.25229).
+
+    Args:
+        real: features of real images, (n, d).
+        fake: features of generated images, (m, d).
+    """
+    nearest = torch.cdist(fake, real).min(1).values
+    return nearest.mean().item()

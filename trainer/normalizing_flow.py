@@ -1,0 +1,80 @@
+"""Maximum likelihood training of normalizing flows."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from data.batch import Batch, IndexedDataset
+from models.checkpoint import FORMAT
+from models.description import describe
+from models.normalizing_flow import Flow
+from trainer.compatibility import check_same_model
+from trainer.step_random import StepRandom
+
+
+class MaximumLikelihood(LightningModule):
+    """Trains a flow on data with a density: points (Plane), images (Dequantised), latents.
+
+    The loss is -log p(x) in nats per dimension. The random numbers by which a flow estimates it
+    are keyed by the seed, the step and the first sample of the rank's slice: a resumed run
+    repeats them, another number of processes does not.
+
+    Args:
+        flow: the flow.
+    """
+
+    def __init__(self, flow: Flow):
+        super().__init__()
+        self.flow = flow
+        self.spec = {"format": FORMAT, "flow": describe(flow)}
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        """Return the loss of a batch, estimated where the flow estimates."""
+        devices = [batch.x.device] if batch.x.is_cuda else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(StepRandom(batch).seed("probe"))
+            return self.loss(batch)
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        """Log the exact loss of a held-out batch."""
+        loss = self.loss(batch, exact=True)
+        self.log("heldout_loss", loss, sync_dist=True, batch_size=len(batch.x))
+
+    def loss(self, batch: Batch, exact: bool = False) -> Tensor:
+        """Return the mean of -log p(x) in nats per dimension."""
+        log_prob = self.flow.log_prob(batch.x, exact)
+        return -log_prob.mean() / batch.x[0].numel()
+
+    def on_fit_start(self) -> None:
+        """Check that the data have a density and the flow's shape."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        for name in ("source", "heldout"):
+            source = getattr(datamodule, name, None)
+            if isinstance(source, IndexedDataset):
+                check_density_data(source, self.flow.shape)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what rebuilds the flow without its configuration (models.normalizing_flow)."""
+        checkpoint["rectify"] = self.spec
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the resumed run has this flow."""
+        stored = checkpoint["rectify"].get("flow")
+        check_same_model(self.trainer.default_root_dir, "model.flow", stored, self.spec["flow"])
+
+
+def check_density_data(source: IndexedDataset, shape: tuple[int, int, int]) -> None:
+    """Check that samples have a density, and the shape (C, H, W) that a model was built for."""
+    sample = source.sample()
+    if not sample.latent:
+        raise ValueError(
+            f"data: {type(source).__name__} gives images of 8-bit pixels, which have no density; "
+            "wrap it in Dequantised"
+        )
+    found = tuple(sample.x.shape[1:])
+    if found != shape:
+        raise ValueError(
+            f"data: the shape (channels, size, size) of a sample is {found}, the model's is {shape}"
+        )

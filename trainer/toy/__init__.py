@@ -1,0 +1,1 @@
+"""Small problems to look at and to measure, in the plane and on a line."""
