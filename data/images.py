@@ -81,8 +81,8 @@ class Images(IndexedDataset):
         return self._decoded[i]
 
     def read(self, indices: np.ndarray) -> Batch:
-        pixels = [self.pixels(int(i)) for i in indices]
         with errors_named(self.path):  # images that we did not pack may differ in size
+            pixels = [self.pixels(int(i)) for i in indices]
             x = torch.from_numpy(np.stack(pixels))
         condition = read_labels(self.reader, indices)
         return Batch(x.float() / 127.5 - 1, latent=False, condition=condition)

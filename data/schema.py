@@ -1,7 +1,7 @@
 """Schemas of values that are read from files. A value that does not match is named in the error."""
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 COUNT = range(2**48)
 NUMBER = re.compile("[0-9]{1,15}")
@@ -67,6 +67,27 @@ def _check_entries(value: dict[str, Any], schema: dict[Any, Any], where: str) ->
         if key not in value:
             raise ValueError(f"{where}: has no entry `{key}`")
         check_schema(value[key], part_schema, f"{where}: {key}")
+
+
+class Difference(NamedTuple):
+    """Where two values differ."""
+
+    key: str  # with dots and indices, for example `interpolant.init_args.betas[3]`
+    before: Any
+    now: Any
+
+
+def find_difference(key: str, before: Any, now: Any) -> Difference:
+    """Return the first place at which two different JSON values differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                return find_difference(f"{key}.{name}", before.get(name), now.get(name))
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for i, (left, right) in enumerate(zip(before, now)):
+            if left != right:
+                return find_difference(f"{key}[{i}]", left, right)
+    return Difference(key, before, now)
 
 
 def shorten(value: Any) -> str:

@@ -51,6 +51,7 @@ IGNORED_WARNINGS = (
     r"|across ranks is zero|in eval mode).*"
 )
 WANDB_RETRY_SECONDS = (1, 2, 4)
+FIT_FLAG_HELP = f"{FLAG_HELP} Arguments of the model's classes need one: `--model.recompute true`."
 # Defaults of the Trainer, which a configuration may override.
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -209,7 +210,7 @@ def build(args: Sequence[str]) -> Fit:
             save_config_callback=KeepConfig,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False, "prog": "rectify fit", "epilog": FLAG_HELP},
+            parser_kwargs={"exit_on_error": False, "prog": "rectify fit", "epilog": FIT_FLAG_HELP},
             run=False,
             args=list(args),
         )
@@ -281,7 +282,7 @@ def begin(cli: Fit) -> None:
             print(f"rectify: error: {message}", file=sys.stderr)
             raise SystemExit(STALLED_EXIT_CODE) from error
 
-        # An error after the first saved step, or one with a message of this project, is complete.
+        # An error during training, or a ValueError of this project, is raised as it is.
         has_started = False
         for callback in callbacks:
             if isinstance(callback, Checkpoints) and callback.saved >= 0:

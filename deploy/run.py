@@ -132,8 +132,8 @@ def load(config: Path, smoke: bool = False) -> dict[str, Any]:
         verbs = [key for key in stage if key not in NON_VERB_KEYS]
         if len(verbs) != 1 or verbs[0] not in VERBS or not isinstance(stage[verbs[0]], dict):
             raise ValueError(
-                f"{config}: stage {shorten(stage)} needs a `name`, and one verb with its options; "
-                f"the verbs are {', '.join(VERBS)}"
+                f"{config}: stage {shorten(stage)} needs a `name`, one verb with its options, and "
+                f"perhaps `for` and `smoke`; the verbs are {', '.join(VERBS)}"
             )
         check_schema(stage, {"name": NAME}, f"{config}: stage {shorten(stage)}")
         where = f"{config}: stage {stage['name']}"

@@ -26,7 +26,7 @@ FORMAT = 2  # of what `Generator` adds to a checkpoint under "rectify"
 
 
 class LoadedModel(NamedTuple):
-    """What samples are drawn with."""
+    """A model that was loaded from a checkpoint or a pipeline."""
 
     denoiser: Denoiser
     codec: Codec

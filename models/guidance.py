@@ -140,7 +140,7 @@ def _check_same_interpolant(denoiser: DenoiserLike, negative: DenoiserLike) -> N
     """Check that a negative has the denoiser's interpolant."""
     expected: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
     found: Interpolant = negative.interpolant  # type: ignore[attr-defined]
-    if identity(found) != identity(expected):
+    if found is not expected and identity(found) != identity(expected):
         raise ValueError(
             f"Guided: negative's interpolant is {found!r}, the denoiser's is {expected!r}; "
             "wrap the negative in Retimed"

@@ -177,13 +177,13 @@ def load_flow(path: str | Path) -> Flow:
     checkpoint = read_checkpoint(file)
     if "flow" not in checkpoint["rectify"]:
         raise ValueError(f"{file}: it has no normalizing flow")
-    weights = {}
-    for key, value in checkpoint["state_dict"].items():
-        weights[key.removeprefix("flow.")] = value
     try:
         flow = build(checkpoint["rectify"]["flow"])
         if not isinstance(flow, Flow):
             raise ValueError(f"it describes {type(flow)}")
+        weights = {}
+        for key, value in checkpoint["state_dict"].items():
+            weights[key.removeprefix("flow.")] = value
         flow.load_state_dict(weights)
     except Exception as error:  # constructors and torch raise many kinds of errors
         reason = str(error) or type(error).__name__

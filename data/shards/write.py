@@ -21,6 +21,7 @@ from data.files import (
     remove_leftovers,
     write_json,
 )
+from data.schema import find_difference, shorten
 from data.shards.manifest import FORMAT, read_record
 
 TAR_BLOCK = 512  # bytes; headers and members of a tar begin at multiples of it
@@ -150,13 +151,15 @@ class ShardWriter:
 
     def _check_same_plan(self, begun: dict[str, Any]) -> None:
         """Check that the set in the folder was begun with this plan."""
-        for key in sorted(begun.keys() | self.plan.keys()):
+        # the format first: sets of other formats may differ in everything
+        for key in [*self.plan, *sorted(begun.keys() - self.plan.keys())]:
             before = begun.get(key)
             now = self.plan.get(key)
             if before != now:
+                found = find_difference(key, before, now)
                 raise ValueError(
-                    f"{self.folder}: holds another set, with {key} {before!r} instead of {now!r}; "
-                    "choose another folder or delete this one"
+                    f"{self.folder}: holds another set, with {found.key} {shorten(found.before)} "
+                    f"instead of {shorten(found.now)}; choose another folder or delete this one"
                 )
 
     def numbers(self) -> range:

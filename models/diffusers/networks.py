@@ -40,7 +40,7 @@ class Pretrained(Net):
         # the config, without diffusers' private entries
         parsed = _parse_config(config, folder)
         kind = parsed.get("_class_name")
-        if kind not in ARCHITECTURES:
+        if not isinstance(kind, str) or kind not in ARCHITECTURES:
             raise ValueError(
                 f"{source}: is a {kind}; Pretrained supports {', '.join(ARCHITECTURES)}"
             )

@@ -43,7 +43,7 @@ def find_components(folder: Path) -> Components:
     Raises:
         ValueError: it has other parts, whose work would be omitted.
     """
-    kinds = _read_parts(folder)
+    pipeline, kinds = _read_index(folder)
     networks = []
     codecs = []
     others = []
@@ -58,7 +58,7 @@ def find_components(folder: Path) -> Components:
     matches = len(networks) == 1 and bool(encoders) == (kinds[networks[0]] in TEXT_ARCHITECTURES)
     if others or not matches:
         raise ValueError(
-            f"{folder}: it consists of {', '.join(map(str, kinds.values()))}; supported are a "
+            f"{folder}: is a {pipeline} of {', '.join(kinds.values())}; supported are a "
             f"{' or '.join(ARCHITECTURES)}, a scheduler, an AutoencoderKL or none, and the text "
             f"encoders of a {', '.join(TEXT_PIPELINES)}"
         )
@@ -66,18 +66,19 @@ def find_components(folder: Path) -> Components:
     return Components(folder / Path(networks[0]).name, codec)
 
 
-def _read_parts(folder: Path) -> dict[str, str]:
-    """Return the classes of a pipeline's parts, by name."""
+def _read_index(folder: Path) -> tuple[Any, dict[str, str]]:
+    """Return the class of a pipeline, and the classes of its parts by name."""
     kinds = {}
     try:
-        for name, part in json.loads((folder / INDEX).read_bytes()).items():
+        index = json.loads((folder / INDEX).read_bytes())
+        for name, part in index.items():
             if isinstance(part, list) and len(part) == 2 and part[1]:
-                kinds[name] = part[1]
+                kinds[name] = str(part[1])
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{folder / INDEX}: not a readable index of a pipeline ({error})"
         ) from None
-    return kinds
+    return index.get("_class_name"), kinds
 
 
 def pretrained(folder: str, lora: int = 0) -> Denoiser:

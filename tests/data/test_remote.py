@@ -112,7 +112,7 @@ def test_a_manifest_with_a_wrong_sum_is_named(folder, server):
     write_set(folder / "a")
     path = folder / "a/manifest.json"
     write_json(path, {**read_json(path), "samples": 3})
-    with refused(f"{server.url}/a/manifest.json", kind=ValueError):
+    with refused(f"{server.url}/a/manifest.json", "samples", kind=ValueError):
         Latents(f"{server.url}/a")
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from data.schema import COUNT, NAME, check_schema
+from data.schema import COUNT, NAME, check_schema, find_difference
 from tests.helpers.refusals import refused
 
 SCHEMA = {
@@ -70,3 +70,12 @@ def test_an_invalid_entry_is_named_with_its_value_and_what_was_expected(change, 
 def test_a_list_instead_of_an_object_is_named():
     with refused("file", "[]", "object", kind=ValueError):
         check_schema([], SCHEMA, "file")
+
+
+def test_the_first_difference_of_nested_values_is_found():
+    before = {"class_path": "Discrete", "init_args": {"betas": [0.1, 0.2], "n": 2}}
+    now = {"class_path": "Discrete", "init_args": {"betas": [0.1, 0.3], "n": 2}}
+    found = find_difference("interpolant", before, now)
+    assert found == ("interpolant.init_args.betas[1]", 0.2, 0.3)
+    assert find_difference("steps", 4, 8) == ("steps", 4, 8)
+    assert find_difference("betas", [1], [1, 2]) == ("betas", [1], [1, 2])

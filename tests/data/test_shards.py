@@ -207,11 +207,12 @@ def test_another_kind_is_refused(tmp_path):
         ShardReader(tmp_path, "pairs")
 
 
-def test_another_format_is_refused(tmp_path):
+@pytest.mark.parametrize("other", [2, 99])
+def test_another_format_is_refused(tmp_path, other):
     write_set(tmp_path)
     path = tmp_path / "manifest.json"
-    write_json(path, {**read_json(path), "format": 2})
-    with refused(path, "format 2", "format 3", kind=ValueError):
+    write_json(path, {**read_json(path), "format": other})
+    with refused(path, f"format {other}", "format 3", kind=ValueError):
         ShardReader(tmp_path)
 
 

@@ -308,7 +308,9 @@ def test_toy_figures_are_a_section_after_the_claims(page, pipeline):
     text = page.write()
     assert page.results["plane"] == FIGURES
     assert text.startswith(without), "the claims' sections are unchanged"
-    assert "| Linear + Velocity | after | 0.003 (0.003 to 0.003) | 0.002 (0.002 to 0.002)" in text
+    assert "| parametrisation | | 1 step | 64 steps | first-order | straight |" in text
+    energies = "0.003 (0.003 to 0.003) | 0.002 (0.002 to 0.002)"
+    assert f"| Linear + Velocity | after | {energies} | 0.25 (" in text
     assert_line(text, "100 before", "250 after", "(2.50)")
 
 

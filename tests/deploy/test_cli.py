@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.shards import read_manifest
 from deploy.cli import FLAG_HELP, VERBS, complete_flags, main
-from models.checkpoint import load_checkpoint
+from models.checkpoint import fingerprint, load_checkpoint
 from models.codec import KL
 from tests.helpers.refusals import assert_refused
 from tests.helpers.training import train
@@ -211,7 +212,10 @@ def test_a_pipeline_finished_with_other_settings_is_refused(refused):
 
 def test_pairs_of_another_teacher_are_refused(refused, tmp_path):
     other = ("--model.initial", "runs/demo/student", "--out", tmp_path / "x")
-    refused((*STUDENT, *other, "--trainer.max_steps", "2"), "runs/demo/pairs", "teacher")
+    collected = read_manifest("runs/demo/pairs")["teacher"]
+    configured = fingerprint(load_checkpoint(Path("runs/demo/student"))[0])
+    hashes = (collected[:20], configured[:20])
+    refused((*STUDENT, *other, "--trainer.max_steps", "2"), "runs/demo/pairs", "teacher", *hashes)
 
 
 TRIGONOMETRIC = ("--model.denoiser.interpolant", "Trigonometric")
@@ -300,14 +304,16 @@ def test_a_teacher_that_is_singular_at_noise_writes_no_pairs(refused, singular_r
     pairs = tmp_path / "pairs"
     words = ("--pairs", "64", "--steps", "2")
     refused(
-        ("collect", "--teacher", singular_run, "--out", pairs, *words), "NoisePrediction", "Linear"
+        ("collect", "--teacher", singular_run, "--out", pairs, *words),
+        *("NoisePrediction", "Linear", "t = 1"),
     )
     assert not list(pairs.glob("*.tar"))
 
 
 def test_a_teacher_that_is_singular_at_noise_draws_no_image(refused, singular_run, tmp_path):
     refused(
-        ("sample", "--run", singular_run, "--out", tmp_path / "x.png"), "NoisePrediction", "Linear"
+        ("sample", "--run", singular_run, "--out", tmp_path / "x.png"),
+        *("NoisePrediction", "Linear", "t = 1"),
     )
 
 

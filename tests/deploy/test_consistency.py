@@ -64,7 +64,7 @@ def test_the_config_trains_a_student_alone(tmp_path, config, words):
 
 
 def test_the_config_trains_without_a_teacher(tmp_path):
-    schedule = (f"{OBJECTIVE}.doublings", "2", f"{OBJECTIVE}.every", "1")
+    schedule = (f"{OBJECTIVE}.doublings", "2", f"{OBJECTIVE}.double_every", "1")
     config = without_teacher(CONSISTENCY)
     assert_trained(train(config, tmp_path / "run", *SHORT, *schedule, steps=3))
 

@@ -65,7 +65,10 @@ def test_a_phased_student_is_sampled_on_the_edges_of_its_windows(phased_run, tmp
 
 @pytest.mark.parametrize(
     ("edges", "named"),
-    [("[1, 0.75, 0.5, 0.25, 0]", ("steps", "3", "4 windows")), ("[1, 0.75, 0.5]", ("[0, 1]",))],
+    [
+        ("[1, 0.75, 0.5, 0.25, 0]", ("steps", "3", "windows", "4", "[1.0, 0.75, 0.5, 0.25, 0.0]")),
+        ("[1, 0.75, 0.5]", ("[0, 1]",)),
+    ],
     ids=["fewer steps than windows", "part of the time"],
 )
 def test_edges_that_do_not_fit_are_refused(phased_run, tmp_path, capfd, edges, named):

@@ -64,4 +64,4 @@ OUT = ("--out", "x.png")
     ],
 )
 def test_bad_input_is_refused(capfd, words, named):
-    assert_refused(capfd, ("toy", "picture", *words), *named)
+    assert_refused(capfd, ("toy", "picture", *words), *named, alone=True)

@@ -117,7 +117,7 @@ def test_the_report_reads_measures_without_classes(pipeline):
 
 def test_without_an_extractor_images_without_classes_are_refused(folder, tmp_path, capfd):
     words = measure_words(folder, "unconditional", "loose", tmp_path / "out")
-    assert_refused(capfd, words, folder / "loose", "--extractor")
+    assert_refused(capfd, words, folder / "loose", "--extractor", alone=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -89,7 +89,7 @@ def test_the_manifest_records_where_the_pairs_come_from(workspace):
 
 
 def test_other_settings_in_the_same_folder_are_refused(workspace):
-    err = assert_fails(workspace, command_words("runs/demo/pairs"), "runs/demo/pairs")
+    err = assert_fails(workspace, command_words("runs/demo/pairs"), "runs/demo/pairs", "count", 640)
     assert err.strip().count("\n") == 0
 
 

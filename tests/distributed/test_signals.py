@@ -22,6 +22,7 @@ from tests.distributed.runs import (
     final_state,
     tiny_fit_words,
 )
+from tests.helpers.refusals import PREFIX
 from tests.helpers.training import losses
 from trainer.callbacks.preemption import PREEMPTED_EXIT_CODE
 
@@ -170,11 +171,13 @@ def test_the_keyboard_interrupt_has_exit_code_130(workspace, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.strip().splitlines()[-1].startswith("rectify: ")
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("rectify: ")
+    assert not line.startswith(PREFIX), "an interrupt is no error"
 
 
 def test_resuming_on_other_samples_is_refused(workspace, uninterrupted_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted_run, run)
     pairs = ("--data.source", "Pairs", "--data.source.path", "runs/demo/pairs")
-    assert_fails(workspace, tiny_fit_words(run, 50, *pairs), "data.source")
+    assert_fails(workspace, tiny_fit_words(run, 50, *pairs), "data.source", "samples")

@@ -41,15 +41,20 @@ def refused_line(err: str) -> str:
     return lines[0].removeprefix(PREFIX)
 
 
-def assert_refused(capfd: pytest.CaptureFixture, words: tuple[object, ...], *named: object) -> str:
+def assert_refused(
+    capfd: pytest.CaptureFixture, words: tuple[object, ...], *named: object, alone: bool = False
+) -> str:
     """Run `rectify WORDS`; it must end with exit code 2 and one line that names each of `named`.
 
-    Returns the line.
+    The line is the last one of standard error; if `alone`, it is the only one. Returns the line.
     """
     capfd.readouterr()
     code = run_command(*words)
     err = capfd.readouterr().err
     assert code == 2, f"exit {code}: {err}"
     line = refused_line(err)
+    assert err.rstrip().endswith(line), err
+    if alone:
+        assert err == f"{PREFIX}{line}\n", err
     assert_names(line, named)
     return line

@@ -25,7 +25,7 @@ def small_denoiser(classes: int = 3, seed: int = 0, guidance_embedded: bool = Fa
     Args:
         classes: number of classes; 0 for none.
         seed: seed of the weights.
-        scaled: whether the network reads a guidance scale.
+        guidance_embedded: whether the network reads a guidance scale.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)

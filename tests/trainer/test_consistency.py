@@ -297,7 +297,7 @@ def test_windows_must_divide_the_steps():
 
 
 def test_random_ends_need_a_two_time_network():
-    with refused("Consistency", "random_end"):
+    with refused("Consistency", "random_end", "two_time true"):
         seeded_loss(Consistency(random_end=True), single(Linear()))
 
 

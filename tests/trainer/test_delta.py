@@ -124,7 +124,7 @@ def test_applying_to_a_model_that_is_no_fine_tune_is_refused(
 def test_a_student_of_another_base_is_refused(tmp_path, net):
     run = saved(tmp_path / "student.safetensors", perturbed(denoiser(0), 0.1))
     other = saved(tmp_path / "other.safetensors", denoiser(0, **net))
-    with refused(run, "base"):
+    with refused(run, "--base"):
         delta(other, tmp_path / "out.safetensors", run=run)
     assert not (tmp_path / "out.safetensors").exists()
 

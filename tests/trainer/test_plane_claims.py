@@ -176,5 +176,5 @@ def test_a_file_that_was_edited_is_refused(tmp_path):
     benchmark.benchmark(tmp_path, **ONE_SEED)
     path = tmp_path / "ve-0.json"
     path.write_text(json.dumps(read_json(path)))
-    with refused("ve-0.json"):
+    with refused("ve-0.json", "seal"):
         benchmark.benchmark(tmp_path, **ONE_SEED)

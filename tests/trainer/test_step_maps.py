@@ -73,7 +73,7 @@ def sample(denoiser, times, n=20_000):
 
 
 @pytest.mark.parametrize("count", COLLAPSE)
-def test_independent_draws_collapse_as_the_formula_says(count):
+def test_independent_draws_collapse_by_the_formula(count):
     """The best map is one Euler step.
 
     It scales N(0, 1) by S_s / S_t cos(theta_t - theta_s), where theta = atan2(sigma, alpha).

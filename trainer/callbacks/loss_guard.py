@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from data.batch import Batch, IndexedDataset
 from trainer.engine.fsdp import to_local
-from trainer.module import Generator
 
 MAX_INDICES = 8  # samples that an error lists
 
@@ -191,8 +190,9 @@ class LossGuard(Callback):
 
 
 def find_per_sample(module: LightningModule) -> tuple[Tensor, Tensor] | None:
-    """Return (times, distances) of the last batch's samples, if the objective records them."""
-    return module.objective.per_sample if isinstance(module, Generator) else None
+    """Return (times, distances) of the last batch's samples, if the module's objective has them."""
+    objective = getattr(module, "objective", None)
+    return getattr(objective, "per_sample", None)
 
 
 def out_of_memory(error: Exception, trainer: Trainer) -> str | None:

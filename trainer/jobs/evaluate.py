@@ -100,15 +100,16 @@ class RunSampler:
         """Return images in [-1, 1], (n, C, H, W), on the CPU, and their raw conditions.
 
         Raises:
-            ValueError: the sampler fails, for example because its states are not finite.
+            ValueError: the steps do not fit the window edges, or the sampler fails, for example
+                because its states are not finite.
         """
         eps, raw, cond = self.draw_inputs(indices)
 
         def noise_of_step(step: int) -> Tensor:
             return torch.stack([step_noise(self.seed, i, step, self.shape) for i in indices])
 
-        sampler = self.build_sampler(steps)
         try:
+            sampler = self.build_sampler(steps)
             x = sampler(self.denoiser, eps, cond, noise_of_step)
         except ValueError as error:
             raise ValueError(f"{self.run}: {error}") from None

@@ -197,9 +197,10 @@ def benchmark(
 
     Args:
         out: folder of the figures.
-        distribution: of the points.
-        seeds: number of seeds 0, 1, ..., each of the data, the network, the training and the noise.
-        updates: of the network, in each of the two trainings.
+        distribution: distribution of the points.
+        seeds: number of seeds: 0, 1, ... Each is the seed of the data, the network, the training
+            and the noise.
+        updates: updates of the network, in each of the two trainings.
         samples: number of sampled points, and of true points that they are compared with.
     """
     for name, value in (("seeds", seeds), ("updates", updates), ("samples", samples)):

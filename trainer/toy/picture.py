@@ -37,12 +37,13 @@ def picture(
     Args:
         out: the PNG to write.
         data: a distribution in the plane, or two_modes, a mixture of two Gaussians on a line.
-        interpolant: of the states; Linear by default.
-        prediction: of the network; Velocity by default. two_modes has no network and takes none.
+        interpolant: interpolant of the states; Linear by default.
+        prediction: what the network predicts; Velocity by default. two_modes has no network and
+            takes none.
         sampler: class of the sampler; it may be stochastic.
-        steps: of the sampler.
-        updates: of the network, in each of the two trainings.
-        seed: of the data, the network, the training and the noise.
+        steps: steps of the sampler.
+        updates: updates of the network, in each of the two trainings.
+        seed: seed of the data, the network, the training and the noise.
     """
     if out.suffix != ".png":
         raise ValueError(f"out: {out} does not end in .png; the picture is a PNG")

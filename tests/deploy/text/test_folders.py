@@ -104,7 +104,7 @@ def change_pooled_width(bad: Path) -> tuple[str, ...]:
     config = clip.from_pretrained(bad / "text_encoder_2").config.to_dict()
     other = clip(transformers.CLIPTextConfig(**{**config, "projection_dim": 5}))
     other.save_pretrained(bad / "text_encoder_2")
-    return ("bad",)
+    return ("bad", "pooled", "channels")
 
 
 def remove_third_text_model(bad: Path) -> tuple[str, ...]:
@@ -164,7 +164,8 @@ def test_pairs_of_other_prompts_are_refused(student_words, pairs, tmp_path, capf
 
 def test_a_text_network_without_texts_is_refused(student_words, folder, capfd):
     words = (*student_words, "--model.condition", "Unconditional")
-    assert_refused(capfd, words, load_checkpoint(folder)[0].net.tokens)
+    tokens = load_checkpoint(folder)[0].net.tokens
+    assert_refused(capfd, words, "model.condition", f"{tokens} (0", "Prompts")
 
 
 def test_a_network_that_reads_the_text_otherwise_is_refused(tmp_path):
@@ -194,9 +195,9 @@ def test_the_conditions_text_model_must_be_the_networks(folder, tmp_path):
     encoder = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
     torch.nn.init.normal_(encoder.get_input_embeddings().weight)
     encoder.save_pretrained(other / "text_encoder")
-    if Prompts(str(folder)).zeros:
+    if Prompts(str(folder)).zero_if_empty:
         return  # all encoders give zeros for no text, so they cannot be told apart
-    with refused(other):
+    with refused("model.condition.encoder", other):
         Generator(denoiser, condition=Prompts(str(other)))
 
 

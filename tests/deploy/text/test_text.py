@@ -91,7 +91,7 @@ def test_without_a_text_the_network_reads_the_empty_one(folder, prompts):
         empty = denoiser(x_t, t, encode(torch.tensor([3, 3, 3])))[1]
         cat = denoiser(x_t, t, encode(torch.tensor([1, 1, 1])))[1]
     assert (nothing - cat).abs().max() > 1e-3
-    if encode.zeros:  # SDXL encodes no text as zeros, which are not the empty text
+    if encode.zero_if_empty:  # SDXL encodes no text as zeros, which are not the empty text
         assert (nothing - empty).abs().max() > 1e-3
     else:
         torch.testing.assert_close(nothing, empty)
