@@ -1,6 +1,7 @@
 # make demo   runs the whole pipeline on real digits and prints its table
-# make test   lint, types, import contract and the whole test suite
-# make test-long   every seed of the campaigns (kills, fuzz), of which CI runs a few; their log is docs/test-long.log
+# make test   lint, types, import contract and the tests, in 12 minutes on two cores
+# make test-slow   kills, lost hosts, damaged files (a few seeds of each), whole pipelines in short
+# make test-long   every seed of these; their log is docs/test-long.log
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -11,11 +12,14 @@ test: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadscope --no-loadscope-reorder --durations 15
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 -m "not slow" --dist loadscope --no-loadscope-reorder --durations 15
+
+test-slow: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 -m slow
 
 test-long: .venv/installed
 	rm -f docs/test-long.log
-	$(BIN)/pytest --long tests/fuzz tests/distributed/test_kills.py tests/distributed/test_hosts.py
+	$(BIN)/pytest --long -m slow tests/distributed tests/fuzz
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -25,4 +29,4 @@ test-long: .venv/installed
 clean:
 	rm -rf .venv runs dist build
 
-.PHONY: demo test test-long clean
+.PHONY: demo test test-slow test-long clean

@@ -51,6 +51,7 @@ def stage_verb(stage: dict[str, Any]) -> str:
     return next(key for key in stage if key not in deploy.run.NON_VERB_KEYS)
 
 
+@pytest.mark.slow
 def test_the_smoke_run_tries_every_claim(workspace, tmp_path, monkeypatch, inside):
     """The stages run in this process; then every other run of seed 0, so that each config runs."""
     monkeypatch.chdir(workspace.path)

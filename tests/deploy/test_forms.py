@@ -62,6 +62,7 @@ def test_every_model_trains_and_samples(inside_workspace, tmp_path, stage):
     succeed("sample", "--run", run, *words)
 
 
+@pytest.mark.slow
 def test_the_smoke_run_makes_a_table(inside_workspace, tmp_path, inside):
     (tmp_path / "images").mkdir()
     classifier = inside_workspace / "runs/demo/images/classifier.safetensors"

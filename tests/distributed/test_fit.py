@@ -30,6 +30,7 @@ def test_a_resumed_log_has_each_step_once(workspace, uninterrupted_run, tmp_path
     assert [line["loss"] for line in log] == [line["loss"] for line in expected]
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_last_saved_step(workspace, small_disk, tmp_path):
     out = small_disk.folder / "run"
     large = ("--model.denoiser.net.width", "64", "--trainer.logger", "false")
@@ -85,6 +86,7 @@ WAYS = {  # number of processes, options
 }
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_processes_strategy_or_accumulation(workspace, tmp_path):
     """The global batch, its order and its random draws are the same.
 

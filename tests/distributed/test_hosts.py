@@ -68,6 +68,7 @@ def start_training(workspace, out, steps):
     return processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [1, 0], ids=["second", "first"])
 def test_losing_a_host_ends_the_run_and_the_same_command_resumes(
     request, workspace, hosts, tmp_path, lost

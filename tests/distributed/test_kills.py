@@ -180,6 +180,7 @@ class Chain:
         return self.workspace.start(*self.command.words(out), processes=self.command.processes)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_killed_command_finishes_with_the_same_files(

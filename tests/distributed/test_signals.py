@@ -66,6 +66,7 @@ def test_a_signal_saves_and_the_same_command_resumes(
     assert equal(final_state(out), final_state(uninterrupted_run))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both(workspace, tmp_path):
     out = tmp_path / "run"
     uninterrupted = tmp_path / "uninterrupted"

@@ -10,6 +10,7 @@ from tests.fuzz.bombs import BOMBS, HARMLESS
 from tests.helpers.commands import REPOSITORY
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_fuzz(request, tmp_path, chronicle):
     """30 seeded cases (500 with --long) and all planted bombs.
