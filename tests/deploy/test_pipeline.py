@@ -241,6 +241,7 @@ def test_every_command_in_the_readme_runs(workspace, rectify):
             rectify(*words)
 
 
+@pytest.mark.slow
 def test_a_killed_pipeline_ends_its_stage_and_can_be_continued(tmp_path):
     """SIGKILL hits the pipeline's process alone, in the middle of a stage; then it is run again."""
     workspace = Workspace(tmp_path)

@@ -50,6 +50,7 @@ def streamed_words(server, cache, *more):
     return (*source, *PIXELS, *more)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_weights(empty_workspace, server, tmp_path):
     accumulated = ("--checkpoints.every", "7", "--trainer.accumulate_grad_batches", "2")
     words = streamed_words(server, tmp_path / "cache", *accumulated)
