@@ -69,6 +69,7 @@ def start_training(workspace, out, steps):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("hosts")  # one pair of namespaces
 @pytest.mark.parametrize("lost", [1, 0], ids=["second", "first"])
 def test_losing_a_host_ends_the_run_and_the_same_command_resumes(
     request, workspace, hosts, tmp_path, lost
