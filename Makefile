@@ -15,7 +15,7 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 -m "not slow" --dist loadscope --no-loadscope-reorder --durations 15
 
 test-slow: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 -m slow --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 -m slow
 
 test-long: .venv/installed
 	rm -f docs/test-long.log

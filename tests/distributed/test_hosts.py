@@ -39,8 +39,13 @@ def connect_hosts():
 
 
 @pytest.fixture
-def hosts():
-    """Make two namespaces, 10.77.0.1 and 10.77.0.2, joined by a cable."""
+def hosts(request):
+    """Make two namespaces, 10.77.0.1 and 10.77.0.2, joined by a cable.
+
+    There is one pair of names: without --long, which runs one test at a time, only one test has it.
+    """
+    if not request.node.callspec.params["lost"] and not request.config.getoption("--long"):
+        pytest.skip("only with --long")
     first, second = HOSTS
     if not shutil.which("ip") or os.geteuid() != 0 or ip("netns", "add", first).returncode:
         pytest.skip("network namespaces need root and iproute2")
@@ -69,13 +74,8 @@ def start_training(workspace, out, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("hosts")  # one pair of namespaces
 @pytest.mark.parametrize("lost", [1, 0], ids=["second", "first"])
-def test_losing_a_host_ends_the_run_and_the_same_command_resumes(
-    request, workspace, hosts, tmp_path, lost
-):
-    if not lost and not request.config.getoption("--long"):
-        pytest.skip("only with --long")
+def test_losing_a_host_ends_the_run_and_the_same_command_resumes(workspace, hosts, tmp_path, lost):
     out = tmp_path / "run"
     processes = start_training(workspace, out, 4000)
     wait_until(processes[0], lambda: list((out / "checkpoints").glob("step=*")))
