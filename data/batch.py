@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from data.shards import Order
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
     """One rank's slice of a global batch, and its position in the run, which keys all random draws.
 
@@ -199,8 +199,4 @@ class RankBatches(IterableDataset):
         requests = ((step * self.batch + start, count) for step, start in for_source)
         batches = self.source.read_batches(self.seed, reader, readers, requests)
         for batch, (step, start) in zip(batches, for_batches):
-            batch.seed = self.seed
-            batch.step = step
-            batch.start = start
-            batch.size = self.batch
-            yield batch
+            yield replace(batch, seed=self.seed, step=step, start=start, size=self.batch)

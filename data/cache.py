@@ -5,7 +5,6 @@ Each file is downloaded once. Beyond a limit the least recently used files are e
 
 import errno
 import fcntl
-import hashlib
 import os
 import re
 import subprocess
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
+from filelock import FileLock
 
-from data.files import atomic_path, checksum, remove_leftovers
+from data.files import atomic_path, digest, file_checksum, remove_leftovers
 
 DEFAULT_FOLDER = "~/.cache/rectify"  # unless RECTIFY_CACHE is set
 DEFAULT_GIGABYTES = "100"  # unless RECTIFY_CACHE_GB is set
@@ -126,7 +126,7 @@ class Cache:
     def path(self, url: str, xxh3: str = "") -> Path:
         """Return the path of a URL's file in the cache. No part of the URL occurs in the name."""
         key = f"{url} {xxh3}".encode()
-        return self.folder / f"{hashlib.sha256(key).hexdigest()}.part"
+        return self.folder / f"{digest(key)}.part"
 
     def open(self, url: str, xxh3: str = "") -> BinaryIO:
         """Return the file of a URL, opened for reading.
@@ -183,7 +183,7 @@ class Cache:
         for attempt in range(1, self.tries + 1):
             try:
                 download(url, path, scheme)
-                if xxh3 and checksum(path) != xxh3:
+                if xxh3 and file_checksum(path) != xxh3:
                     raise ValueError(
                         "its checksum is not the manifest's; restore it or make the set again"
                     )
@@ -263,11 +263,9 @@ def exclusive(path: Path) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_suffix(".lock")
-    with lock.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(lock):
         try:
             yield
         finally:
-            # Processes that wait for this file still get it one by one. One that comes later
-            # makes a new file and does not wait for them: at worst it downloads the file too.
+            # Processes that wait for this file notice that it is gone, and compete for a new one.
             lock.unlink(missing_ok=True)

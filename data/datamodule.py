@@ -118,6 +118,16 @@ class DataModule(LightningDataModule):
         self.heldout_batches = heldout_batches
         self.reader_progress = ReaderProgress({})
 
+    def sources(self) -> list[BatchStream]:
+        """Return the sources of all samples, trained on or held out; the parts of a mixture."""
+        sources: list[BatchStream] = []
+        for source in (self.source, self.heldout):
+            if isinstance(source, Mixed):
+                sources.extend(source.sources)
+            elif source is not None:
+                sources.append(source)
+        return sources
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the sequence of samples and draws depends on, beside the step."""
         state: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """Files that exist completely or not at all: written to a temporary name, fsynced, renamed.
 
-JSON files carry a checksum of themselves, so that damage is noticed.
+JSON files carry a checksum of themselves, so that damage is noticed. The checksums of bytes and
+files are defined here, those of tensors in models/tensors.py.
 """
 
 import ctypes
@@ -230,7 +231,17 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checksum(path: Path) -> str:
-    """Return the xxh3 of a file, which shows damage; it is twenty times as fast as sha256."""
+def checksum(data: bytes | memoryview) -> str:
+    """Return the xxh3 of bytes, which shows damage; it is twenty times as fast as sha256."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def file_checksum(path: Path) -> str:
+    """Return the xxh3 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def sample_checksum(data: bytes | memoryview) -> int:
+    """Return the xxh3 of a sample in 64 bits, one of many in a table."""
+    return xxhash.xxh3_64_intdigest(data)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data.files import canonical, checksum, digest, write_json
+from data.files import canonical, digest, file_checksum, write_json
 from data.images import IMAGE_FIELDS
 from data.progress import Meter
 from data.schema import COUNT, check_schema, shorten
@@ -93,7 +93,8 @@ def is_indexed(tar: Path, offsets: Path, record: dict[str, Any]) -> bool:
     """Whether a record belongs to the present content of a tar and its offsets."""
     if not offsets.exists():
         return False
-    return record["xxh3"] == checksum(tar) and record["offsets"] == checksum(offsets)
+    same_offsets = record["offsets"] == file_checksum(offsets)
+    return same_offsets and record["xxh3"] == file_checksum(tar)
 
 
 def find_largest_class(tar: Path, spans: np.ndarray) -> int:

@@ -1,6 +1,7 @@
 """Several sources in one sequence, in fixed shares: real latents among pairs, for example."""
 
 from math import gcd
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,6 +9,20 @@ from torch import Tensor
 
 from data.batch import Batch, IndexedDataset, RandomAccessSource
 from data.noise import permutation
+
+
+class Locations(NamedTuple):
+    """Where consecutive samples of a mixture come from, (n,) each."""
+
+    source: np.ndarray  # number of each sample's source
+    position: np.ndarray  # its position in that source
+
+
+class JoinedNoise(NamedTuple):
+    """The noise of a batch from several sources; both are None if no source brings any."""
+
+    noise: Tensor | None  # zero for samples that bring none, (B, ...)
+    paired: Tensor | None  # which samples bring it, (B,) bool
 
 
 class Mixed(RandomAccessSource):
@@ -34,8 +49,8 @@ class Mixed(RandomAccessSource):
         counts = [share * period // sum(shares) for share in shares]
         self.slots = np.repeat(np.arange(len(sources)), counts)
 
-    def locate(self, seed: int, position: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the source of each of `count` samples, and its position in that source."""
+    def locate(self, seed: int, position: int, count: int) -> Locations:
+        """Return where `count` samples from a position on come from."""
         # Shuffle one period; it repeats for ever.
         period = len(self.slots)
         pattern = self.slots[permutation(period, seed, 0, 0)]
@@ -49,7 +64,8 @@ class Mixed(RandomAccessSource):
 
         periods, slot = np.divmod(np.arange(position, position + count), period)
         source_of = pattern[slot]
-        return source_of, periods * np.bincount(self.slots)[source_of] + before[source_of, slot]
+        positions = periods * np.bincount(self.slots)[source_of] + before[source_of, slot]
+        return Locations(source_of, positions)
 
     def take(self, seed: int, position: int, count: int) -> Batch:
         # Read the samples of each source at once: their positions in it are consecutive.
@@ -64,11 +80,15 @@ class Mixed(RandomAccessSource):
         # Put them back into the order of the sequence.
         by_source = np.argsort(source_of, kind="stable")
         back = torch.from_numpy(np.argsort(by_source, kind="stable"))
-        mixed = Batch(torch.cat([b.x for b in batches])[back], batches[0].latent)
-        mixed.condition = _join_conditions(batches, back)
-        mixed.noise, mixed.paired = _join_noise(batches, back)
-        mixed.guidance = _join_scales(batches, back)
-        return mixed
+        joined = _join_noise(batches, back)
+        return Batch(
+            x=torch.cat([batch.x for batch in batches])[back],
+            latent=batches[0].latent,
+            condition=_join_conditions(batches, back),
+            noise=joined.noise,
+            paired=joined.paired,
+            guidance=_join_scales(batches, back),
+        )
 
 
 def _check_scales(sources: list[RandomAccessSource]) -> None:
@@ -108,8 +128,8 @@ def _join_conditions(batches: list[Batch], back: Tensor) -> Tensor | None:
     return torch.cat(conditions)[back]
 
 
-def _join_noise(batches: list[Batch], back: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return the noise of all samples, zero where they bring none, and which of them bring it."""
+def _join_noise(batches: list[Batch], back: Tensor) -> JoinedNoise:
+    """Return the noise of all samples, and which of them bring it."""
     noise = []
     paired = []
     for batch in batches:
@@ -117,8 +137,8 @@ def _join_noise(batches: list[Batch], back: Tensor) -> tuple[Tensor | None, Tens
         paired.append(torch.full((len(batch.x),), batch.noise is not None))
     which = torch.cat(paired)[back]
     if not which.any():
-        return None, None
-    return torch.cat(noise)[back], which
+        return JoinedNoise(None, None)
+    return JoinedNoise(torch.cat(noise)[back], which)
 
 
 def _join_scales(batches: list[Batch], back: Tensor) -> Tensor | None:

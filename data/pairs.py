@@ -285,7 +285,8 @@ class Pairs(IndexedDataset):
         reader = self.pairs.reader
         x = torch.from_numpy(reader.arrays("npy", indices)).float()
         condition = read_labels(reader, indices)
-        batch = Batch(x, latent=True, condition=condition, noise=self.pairs.noise(indices))
+        eps = self.pairs.noise(indices)
+        guidance = None
         if isinstance(self.guidance, list):
-            batch.guidance = torch.from_numpy(reader.arrays("scale.npy", indices))
-        return batch
+            guidance = torch.from_numpy(reader.arrays("scale.npy", indices))
+        return Batch(x, latent=True, condition=condition, noise=eps, guidance=guidance)

@@ -1,11 +1,13 @@
 """Progress of long work: amount done, rate and time left. A bar on a terminal, lines in a log."""
 
+import os
 import sys
 import time
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 
 LOG_INTERVAL = 10.0  # seconds between lines in a log
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left{postfix}"
 
 
 class Meter:
@@ -27,22 +29,21 @@ class Meter:
         self.shown = shown
         self.first = done
         self.note = ""
-        self.bar: Progress | None = None
+        self.bar: tqdm | None = None
 
     def __enter__(self) -> "Meter":
         self.began = time.monotonic()
         self.last_line = self.began
-        if self.shown and sys.stderr.isatty():
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]} {task.fields[note]}"),
-                TimeRemainingColumn(),
-            )
-            self.bar.start()
-            self.task = self.bar.add_task(
-                self.name, total=self.total, completed=self.done, rate="", note=""
+        if self.shown and _shows_bars():
+            self.bar = tqdm(
+                desc=self.name,
+                total=self.total,
+                initial=self.done,
+                unit=f" {self.unit}",
+                bar_format=BAR,
+                dynamic_ncols=True,
+                smoothing=0,  # the rate since the start, as in the lines
+                miniters=1,  # by default, fast work makes it miss the first of the slow work
             )
         return self
 
@@ -51,30 +52,37 @@ class Meter:
         self.done += count
         self.note = note
         now = time.monotonic()
-        if self.bar:
-            rate = f"{self.rate():.1f} {self.unit}/s"
-            self.bar.update(self.task, completed=self.done, rate=rate, note=note)
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(count)
         elif self.shown and now - self.last_line >= LOG_INTERVAL:
             self.last_line = now
             self._print_line()
 
-    def rate(self) -> float:
-        """Return the work done per second since the start."""
-        return (self.done - self.first) / max(time.monotonic() - self.began, 1e-9)
-
     def _print_line(self) -> None:
+        rate = (self.done - self.first) / max(time.monotonic() - self.began, 1e-9)
         left = 0
         if self.done > self.first:
-            left = int((self.total - self.done) / max(self.rate(), 1e-9))
+            left = int((self.total - self.done) / max(rate, 1e-9))
         duration = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
         text = (
             f"{self.name}: {self.done}/{self.total} {self.unit}, "
-            f"{self.rate():.1f} {self.unit}/s, {duration} left"
+            f"{rate:.1f} {self.unit}/s, {duration} left"
         )
         print(f"{text} {self.note}".rstrip(), file=sys.stderr, flush=True)
 
     def __exit__(self, *error: object) -> None:
-        if self.bar:
-            self.bar.stop()
+        if self.bar is not None:
+            self.bar.close()
         elif self.shown:
             self._print_line()
+
+
+def _shows_bars() -> bool:
+    """Whether stderr is a terminal with a size; `ssh -tt` in a script makes one without."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).lines > 0
+
+
+def print_message(text: str) -> None:
+    """Print a line to stderr, above the bar if there is one."""
+    tqdm.write(text, file=sys.stderr)

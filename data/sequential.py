@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -160,10 +160,7 @@ class SequentialTars(BatchStream):
             for _ in range(count):
                 sample, progress = next(stream)
                 samples.append(sample)
-            batch = self._batch(samples)
-            batch.reader = reader
-            batch.progress = progress
-            yield batch
+            yield replace(self._batch(samples), reader=reader, progress=progress)
 
     def _samples(
         self, seed: int, assignment: ReaderAssignment, reader: int
@@ -286,10 +283,10 @@ class SequentialTars(BatchStream):
         x = torch.from_numpy(np.stack([sample.x for sample in samples]))
         if self.layout.images:
             x = x.float() / 127.5 - 1
-        batch = Batch(x, latent=not self.layout.images)
+        condition = None
         if self.classes:
-            batch.condition = torch.tensor([sample.label for sample in samples])
-        return batch
+            condition = torch.tensor([sample.label for sample in samples])
+        return Batch(x, latent=not self.layout.images, condition=condition)
 
 
 def read_latent(data: np.ndarray) -> np.ndarray:

@@ -10,9 +10,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 from deploy.hints import explain, nearest, one_line
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 # Verb: (module:function, help). A verb has one word or two: `rectify report seeds --runs ...`.
 VERBS = {
@@ -83,7 +87,6 @@ VERBS = {
 }
 PACKAGES = ("models", "data", "trainer", "deploy")
 BOOLEANS = ("true", "false", "yes", "no")
-FLAG_HELP = "An option of type bool needs no value: `--NAME` means `--NAME true`."
 
 
 def help_text(group: str = "") -> str:
@@ -156,11 +159,19 @@ def complete_flags(
 
 
 def call(verb: str, args: Sequence[str]) -> None:
-    """Import a verb's function and call it with its arguments, which its signature describes."""
+    """Import a verb's function and call it with its arguments; for --help, print its help.
+
+    `fit` parses its arguments itself.
+    """
+    module, _, name = VERBS[verb][0].partition(":")
+    if verb != "fit" and {"-h", "--help"} & set(args):
+        from deploy.help import format_help
+
+        print(format_help(verb, module, name, two_word_verbs(verb)))
+        return
     logging.basicConfig(format="%(name)s: %(message)s")
     for package in PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO)
-    module, _, name = VERBS[verb][0].partition(":")
     function = getattr(importlib.import_module(module), name)
     if verb == "fit":
         function(args)
@@ -169,41 +180,58 @@ def call(verb: str, args: Sequence[str]) -> None:
 
 
 def parse_options(verb: str, function: Callable[..., None], args: Sequence[str]) -> dict[str, Any]:
-    """Parse a verb's options by the signature of its function; print help and exit for --help.
+    """Parse a verb's options by the signature of its function.
+
+    A parameter whose type is a dataclass is a group of options: one for each of its fields.
 
     Raises:
         ValueError: an option or value is wrong; the message names it and the nearest right name.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    # describe the command
-    flags = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.annotation is bool:
-            flags.append(name)
-    more_verbs = two_word_verbs(verb)
-    epilog = []
-    if flags:
-        epilog.append(FLAG_HELP)
-    if more_verbs:
-        others = ", rectify ".join(more_verbs)
-        epilog.append(f"See also: rectify {others}.")
-    options = ArgumentParser(
-        prog=f"rectify {verb}",
-        description=(inspect.getdoc(function) or "").partition("\n\nArgs:")[0],
-        epilog=" ".join(epilog),
-        exit_on_error=False,
-    )
+    # Describe the command: a dataclass is replaced by its fields.
+    parameters = dict(inspect.signature(function).parameters)
+    groups: dict[str, Any] = {}
+    for name, parameter in list(parameters.items()):
+        if is_dataclass(parameter.annotation):
+            groups[name] = parameter.annotation
+            parameters.pop(name)
+            parameters |= inspect.signature(groups[name]).parameters
+    flags = [name for name, parameter in parameters.items() if parameter.annotation is bool]
     positional = verb == "run"
-    names = options.add_function_arguments(function, as_group=False, as_positional=positional)
+    options = ArgumentParser(prog=f"rectify {verb}", exit_on_error=False)
+    for parameter in parameters.values():
+        add_option(options, parameter, positional)
 
-    # parse the options
+    # Parse the options.
     try:
         parsed = options.parse_args(complete_flags(args, flags, positional))
-        values = options.instantiate_classes(parsed)
+        values = options.instantiate_classes(parsed).as_dict()
     except ArgumentError as error:
-        raise ValueError(f"{verb}: {explain(error, names)}") from None
-    return values.as_dict()
+        raise ValueError(f"{verb}: {explain(error, parameters)}") from None
+
+    # Gather the options of each group.
+    for name, group in groups.items():
+        members = {field.name: values.pop(field.name) for field in fields(group)}
+        values[name] = group(**members)
+    return values
+
+
+def add_option(options: "ArgumentParser", parameter: inspect.Parameter, positional: bool) -> None:
+    """Add an option for a parameter of a function.
+
+    Args:
+        options: the parser.
+        parameter: the parameter.
+        positional: a parameter without a default is an argument without a name.
+    """
+    if parameter.default is not parameter.empty:
+        flag = f"--{parameter.name}"
+        options.add_argument(flag, type=parameter.annotation, default=parameter.default)
+    elif positional:
+        options.add_argument(parameter.name, type=parameter.annotation)
+    else:
+        options.add_argument(f"--{parameter.name}", type=parameter.annotation, required=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,22 +13,26 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from jsonargparse._typehints import ActionTypeHint
+from lightning.pytorch.cli import (
+    LightningArgumentParser,
+    LightningCLI,
+    LRSchedulerCallable,
+    OptimizerCallable,
+)
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.optim import Optimizer
 
 from data.datamodule import DataModule
 from data.files import errors_named
-from deploy.cli import FLAG_HELP, complete_flags
+from deploy.cli import complete_flags
 from deploy.hints import explain, one_line
 from models.checkpoint import newest_checkpoint, read_checkpoint
 from trainer.callbacks.checkpoint import Checkpoints
@@ -39,7 +43,7 @@ from trainer.callbacks.preemption import PREEMPTED_EXIT_CODE, Preemption
 from trainer.callbacks.stall_watchdog import STALLED_EXIT_CODE, StallWatchdog
 from trainer.engine.checkpoint_io import AtomicCheckpointIO
 from trainer.engine.fast_loop import fast_loop
-from trainer.module import Generator
+from trainer.optimization import OptimizedModule
 
 COMPONENT_PACKAGES = ("models", "data", "trainer.objectives", "trainer.callbacks")
 COMPONENT_MODULES = ("trainer.module", "trainer.autoencoder", "trainer.normalizing_flow")
@@ -51,7 +55,10 @@ IGNORED_WARNINGS = (
     r"|across ranks is zero|in eval mode).*"
 )
 WANDB_RETRY_SECONDS = (1, 2, 4)
-FIT_FLAG_HELP = f"{FLAG_HELP} Arguments of the model's classes need one: `--model.recompute true`."
+FLAG_HELP = (
+    "An option of type bool needs no value: `--NAME` means `--NAME true`. Arguments of the model's "
+    "classes need one: `--model.recompute true`."
+)
 # Defaults of the Trainer, which a configuration may override.
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -74,20 +81,40 @@ def import_components() -> None:
         importlib.import_module(name)
 
 
-def parameter_groups(module: LightningModule, lr: float) -> list[dict[str, Any]]:
-    """Return the optimizer's parameter groups: those of the module, or one with all weights."""
-    if isinstance(module, Generator):
-        return module.groups(lr)
-    return [{"params": list(module.parameters())}]
-
-
 class Fit(LightningCLI):
-    """Parses a configuration and builds trainer, model and data."""
+    """Parses a configuration and builds trainer, model and data.
 
-    names: list[str] = []  # of all options, to suggest the nearest for a typo
+    Args:
+        args: the options of the command.
+
+    Raises:
+        ValueError: the configuration is wrong; the message names the key.
+    """
+
+    def __init__(self, args: Sequence[str]):
+        parser_options = {"exit_on_error": False, "prog": "rectify fit", "epilog": FLAG_HELP}
+        try:
+            super().__init__(
+                datamodule_class=DataModule,
+                save_config_callback=KeepConfig,
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=0,
+                parser_kwargs=parser_options,
+                run=False,
+                args=list(args),
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,  # our checkpoints rebuild the model themselves
+            )
+        except MisconfigurationException as error:
+            raise ValueError(f"fit: trainer: {one_line(error)}") from error
+        except OSError:
+            raise
+        except Exception as error:  # constructors, torch's too, raise many kinds for wrong values
+            names = [action.dest for action in self.parser._actions]
+            raise ValueError(f"fit: {explain(error, names)}") from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the run folder, and the callbacks that every run has."""
+        """Add the run folder, the callbacks that every run has, the loop and the optimizer."""
         parser.add_argument(
             "--out",
             type=str,
@@ -99,51 +126,36 @@ class Fit(LightningCLI):
         parser.add_lightning_class_args(LossGuard, "loss_guard")
         parser.add_lightning_class_args(Preemption, "preemption")
         parser.add_lightning_class_args(StallWatchdog, "watchdog")
+        parser.add_argument(
+            "--fast_loop",
+            type=bool,
+            default=False,
+            help="skip Lightning's bookkeeping that a step does not need: a few percent of a step "
+            "of 10 ms, the same weights; see trainer/engine/README.md.",
+        )
+        parser.add_argument(
+            "--optimizer",
+            type=OptimizerCallable | None,
+            help="optimizer class and its arguments: `--optimizer AdamW --optimizer.lr 1e-3`.",
+        )
+        parser.add_argument(
+            "--lr_scheduler",
+            type=LRSchedulerCallable | None,
+            help="schedule of the learning rate, stepped after every optimizer step; "
+            "without one it is constant.",
+        )
         parser.link_arguments("out", "trainer.default_root_dir")
         parser.link_arguments("seed_everything", "data.seed")
-        Fit.names = [action.dest for action in parser._actions]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the options; a boolean one without a value means true."""
         flags = []
         for action in parser._actions:
-            if getattr(action, "_typehint", None) in (bool, bool | None):
+            if isinstance(action, ActionTypeHint) and action._typehint in (bool, bool | None):
                 flags.append(action.dest)
-        super().parse_arguments(parser, complete_flags(args, flags))
-
-    @staticmethod
-    def configure_optimizers(
-        lightning_module: LightningModule, optimizer: Optimizer, lr_scheduler: Any = None
-    ) -> Any:
-        """Step the learning-rate schedule after every optimizer step.
-
-        Lightning's default is once per epoch, and the stream of batches has no epochs.
-        """
-        # Sharding has replaced the parameters that the optimizer was built with.
-        current = parameter_groups(lightning_module, optimizer.defaults.get("lr", 1.0))
-        for group, current_group in zip(optimizer.param_groups, current, strict=True):
-            group["params"] = current_group["params"]
-        if lr_scheduler is None:
-            return optimizer
-        if isinstance(lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise ValueError(
-                "lr_scheduler: ReduceLROnPlateau needs epochs, which a stream does not have; "
-                "use a schedule over steps"
-            )
-        schedule = {"scheduler": lr_scheduler, "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
-        """Build optimizer and schedule over the model's parameter groups.
-
-        Lightning builds them over `model.parameters()`, which would be one group of all weights.
-        """
-        optimizer = self.config_init.get("optimizer")
-        lr = optimizer.init_args.get("lr", 1.0) if optimizer else 1.0
-        groups = parameter_groups(self.model, lr)
-        self.model.parameters = lambda: groups
-        super()._add_configure_optimizers_method_to_model(subcommand)
-        del self.model.parameters
+        words = complete_flags(args, flags)
+        check_nested_values(words, {action.dest for action in parser._actions})
+        super().parse_arguments(parser, words)
 
     def before_instantiate_classes(self) -> None:
         """Exit if the run is finished; log to wandb, offline, if no logger is configured."""
@@ -183,6 +195,40 @@ class Fit(LightningCLI):
                 class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(**options)
             )
 
+    def after_instantiate_classes(self) -> None:
+        """Give the model the optimizer and the schedule that it builds."""
+        optimizer = self.config_init.optimizer
+        if not isinstance(self.model, OptimizedModule):
+            raise ValueError(
+                f"model: {type(self.model).__name__} is not an OptimizedModule "
+                "(trainer.optimization), whose optimizer the configuration chooses"
+            )
+        if optimizer is None:
+            raise ValueError(
+                "optimizer: none is given; choose one, e.g. --optimizer AdamW --optimizer.lr 1e-3"
+            )
+        self.model.make_optimizer = optimizer
+        self.model.make_lr_scheduler = self.config_init.lr_scheduler
+
+
+def check_nested_values(words: Sequence[str], options: Collection[str]) -> None:
+    """Check that the arguments of configured classes have values.
+
+    Their types are not known before the configuration is parsed, so none can be a bare flag.
+
+    Args:
+        words: the words of the command.
+        options: the names of the parser's options.
+
+    Raises:
+        ValueError: an argument has no value.
+    """
+    for word, following in zip(words, [*words[1:], "--"]):
+        name = word.removeprefix("--")
+        is_nested = name != word and "." in name and "=" not in name and name not in options
+        if is_nested and following.startswith("--"):
+            raise ValueError(f"`{name}` has no value; give it one, e.g. `--{name} true`")
+
 
 def check_yaml(args: Sequence[str]) -> None:
     """Check that the YAML files among a command's words can be parsed.
@@ -204,22 +250,7 @@ def build(args: Sequence[str]) -> Fit:
         ValueError: the configuration is wrong; the message names the key.
     """
     check_yaml(args)
-    try:
-        cli = Fit(
-            datamodule_class=DataModule,
-            save_config_callback=KeepConfig,
-            trainer_defaults=TRAINER_DEFAULTS,
-            seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False, "prog": "rectify fit", "epilog": FIT_FLAG_HELP},
-            run=False,
-            args=list(args),
-        )
-    except MisconfigurationException as error:
-        raise ValueError(f"fit: trainer: {one_line(error)}") from error
-    except OSError:
-        raise
-    except Exception as error:  # constructors, torch's too, raise many kinds for wrong values
-        raise ValueError(f"fit: {explain(error, Fit.names)}") from error
+    cli = Fit(args)
     cli.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     start_logger(cli.trainer.logger)
     return cli
@@ -264,9 +295,10 @@ def begin(cli: Fit) -> None:
             memory ran out; the message names the cause.
         SystemExit: another rank ended.
     """
-    callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
     try:
-        with fast_loop(cli.trainer):
+        with ExitStack() as stack:
+            if cli.config.fast_loop:
+                stack.enter_context(fast_loop(cli.trainer))
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.newest, weights_only=True)
     except SystemExit:
         if cli.trainer.interrupted:  # Lightning turns an interrupt into an exit
@@ -283,10 +315,7 @@ def begin(cli: Fit) -> None:
             raise SystemExit(STALLED_EXIT_CODE) from error
 
         # An error during training, or a ValueError of this project, is raised as it is.
-        has_started = False
-        for callback in callbacks:
-            if isinstance(callback, Checkpoints) and callback.saved >= 0:
-                has_started = True
+        has_started = cli.config_init.checkpoints.saved >= 0
         if has_started or (isinstance(error, ValueError) and raised_in_project(error)):
             raise
         what = f"{cli.newest}: cannot resume from it" if cli.newest else "fit: cannot start"
@@ -317,8 +346,7 @@ def fit(args: Sequence[str]) -> None:
     # end
     if "wandb" in sys.modules:
         sys.modules["wandb"].finish()  # otherwise its process writes for a while longer
-    callbacks = cli.trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(callback, Preemption) and callback.stopped for callback in callbacks):
+    if cli.config_init.preemption.stopped:
         step = cli.trainer.global_step
         message = f"fit: stopped by a signal at step {step}, saved; run the same command again"
         print(message, file=sys.stderr)

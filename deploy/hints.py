@@ -9,6 +9,11 @@ from collections.abc import Iterable
 MAX_LINE_LENGTH = 1000  # characters
 COMPONENT_PACKAGES = ("models", "data", "trainer")
 MIN_SIMILARITY = 0.6  # of a name that is suggested, from 0 to 1
+# What jsonargparse writes of a class that is built later: an optimizer or a schedule.
+BUILT_LATER = re.compile(
+    r"Type typing\.Callable\[.*?\] expects a function or a callable class: (.*?)"
+    r"(?:\. Got value: | - Expected a .*?Given value: )Namespace\(class_path='([\w.]+)'.*"
+)
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
@@ -51,10 +56,18 @@ def explain(error: BaseException, options: Iterable[str]) -> str:
         error: an error of jsonargparse.
         options: the parser's option names, with dots.
     """
-    text = one_line(error)
+    text = BUILT_LATER.sub(r"class_path '\2': \1 - Expected a", one_line(error))
     options = list(options)
     key = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
     prefix = f"{key}: " if key else ""
+
+    # an argument that a class does not have
+    found = re.search(r"class_path '([\w.]+)': (?:Option '|unrecognized arguments: --)(\w+)", text)
+    if found:
+        module, _, class_name = found[1].rpartition(".")
+        parameters = inspect.signature(getattr(sys.modules[module], class_name)).parameters
+        hint = nearest(found[2], parameters) or f"; it takes {', '.join(parameters)}"
+        return f"{prefix}{class_name} has no `{found[2]}`{hint}"
 
     # an option that does not exist
     found = re.search(r"unrecognized arguments: (.*)", text)
@@ -68,13 +81,6 @@ def explain(error: BaseException, options: Iterable[str]) -> str:
         name = f"{found[1]}.{found[2]}"
         return f"no option `{name}`{nearest(name, options)}"
 
-    # an argument that a class does not have
-    found = re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text)
-    if found:
-        module, _, class_name = found[1].rpartition(".")
-        parameters = inspect.signature(getattr(sys.modules[module], class_name)).parameters
-        hint = nearest(found[2], parameters) or f"; it takes {', '.join(parameters)}"
-        return f"{prefix}{class_name} has no `{found[2]}`{hint}"
     found = re.search(r"Option '([\w.]+)' is not accepted", text)
     if found:
         name = found[1]
@@ -82,14 +88,30 @@ def explain(error: BaseException, options: Iterable[str]) -> str:
         hint = nearest(name, options) or nearest(name.partition(".")[0], groups)
         return f"no option `{name}`{hint}"
 
+    # a value of another type
+    found = re.search(
+        r"Expected a <class '(int|float|bool|tuple|list)'>"
+        r"(?:\. Got value:| - Expected a dot import path string:) (.+?)(?:\. Got | - | Given |$)",
+        text,
+    )
+    if found:
+        return f"{prefix}{found[2]} is not of type {found[1]}"
+
     # a class that does not exist
     found = re.search(r"Expected a dot import path string: ([\w.]+)", text)
     if found:
         return f"{prefix}no class `{found[1]}`{nearest(found[1], component_names())}"
 
+    # something that is no class of the right kind
+    found = re.search(r"Expected '([\w.]+)' to be (.*?)\.? - Expected a", text)
+    if found:
+        return f"{prefix}`{found[1]}` is not {found[2]}"
+
     # a constructor that refused its arguments
     found = re.search(
-        r"Errors: - (?!Does not validate|Problem with|Expected|Parser key)(.*?) - Expected a", text
+        r"Errors: - (?!Does not validate|Problem with|Expected|Parser key|class_path)(.*?)"
+        r" - Expected a",
+        text,
     )
     if found:
         return f"{prefix}{found[1]}"
@@ -99,4 +121,18 @@ def explain(error: BaseException, options: Iterable[str]) -> str:
     if causes:
         class_path, cause = causes[-1]
         return f"{prefix}{class_path.rpartition('.')[2]}: {cause}"
+
+    # a value that is none of the choices
+    given = re.search(r"(?:Got|Given) value: (.+?)(?: Given value|$)", text)
+    literals = re.findall(r"typing\.Literal\[(.*?)\]", text)
+    if given and literals:
+        choices = dict.fromkeys(re.findall(r"'(.*?)'", " ".join(literals)))
+        hint = nearest(given[1], choices) or f"; it must be one of {', '.join(choices)}"
+        return f"{prefix}no choice `{given[1]}`{hint}"
+
+    # a value that is no list
+    if given and "Expected a <class 'list'>" in text:
+        return f"{prefix}{given[1]} is not a list; write it in one word, [1,2] for example"
+
+    # anything else
     return text.partition(" Given value type: <class 'dict'>")[0]

@@ -5,39 +5,57 @@ verb's under `--smoke`, and `for`, loops over values:
 
     name: fit-{model}-{seed}
     for: {seed: [0, 1, 2], model: {flow: {}, vp: {model.denoiser.interpolant: VariancePreserving}}}
-    fit: {config: model.yaml, out: "{out}/{model}/{seed}", seed_everything: "{seed}"}
+    fit: {config: [base.yaml, more.yaml], out: "{out}/{model}/{seed}", seed_everything: "{seed}"}
     smoke: {trainer.max_steps: 4}
 
 is six stages: fit-flow-0 first, then fit-vp-0. {seed} and {model} are replaced by the values, and
 the values of a mapping add options. With `--smoke` every loop takes only its first value. The
 stages of one loop must not depend on each other, because `--jobs 2` runs two of them at once.
+
+`config` is a file or a list of files. They come first in the command, each with its `--config`, so
+that the other options win over them. A list in any other option is one word.
+
+A pipeline may have `targets`, which `rectify report` checks (deploy/targets.py).
 """
 
 import ctypes
-import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from data.files import canonical, digest, errors_named, read_json, write_json
+from data.files import atomic_file, canonical, digest, errors_named, read_json, write_json
 from data.schema import COUNT, NAME, PATH, check_schema, shorten
 from deploy.cli import VERBS
+from deploy.targets import PIPELINE_RECORD, check_targets
 
 NON_VERB_KEYS = ("name", "for", "smoke")  # keys of a stage beside its verb
 LOOPS_SCHEMA = {NAME: ([(NAME, COUNT)], {NAME: (None, dict)})}
 FAILED_LOG_LINES = 5  # of a failed stage's log that are printed
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+class Pipeline(NamedTuple):
+    """A pipeline, as its YAML describes it."""
+
+    out: Path  # folder of the results
+    loops: list[list[dict[str, Any]]]  # the stages of each entry of the YAML, one without a loop
+    targets: dict[str, Any]  # see deploy/targets.py
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """All stages in order."""
+        return list(chain.from_iterable(self.loops))
 
 
 class StageJob(NamedTuple):
@@ -94,12 +112,18 @@ def unroll(stage: dict[str, Any], smoke: bool = False) -> list[dict[str, Any]]:
 
 def command(stage: dict[str, Any], out: Path, smoke: bool) -> list[str]:
     """Return the words of a stage's command: its verb and its options, with {out} replaced."""
+    # the options
     verb = stage_verb(stage)
     options = dict(stage[verb])
     if smoke:
         options |= stage.get("smoke") or {}
+    configs = options.pop("config", [])
+    if not isinstance(configs, list):
+        configs = [configs]
+
+    # the words
     words = verb.split()
-    for key, value in options.items():
+    for key, value in [("config", path) for path in configs] + list(options.items()):
         words += [f"--{key}", str(value).replace("{out}", str(out))]
     return words
 
@@ -115,20 +139,25 @@ def fingerprint(words: list[str], before: str) -> str:
     return digest(canonical([words, files, before]))
 
 
-def load(config: Path, smoke: bool = False) -> dict[str, Any]:
-    """Read and check a pipeline.
+def load(config: Path, smoke: bool = False) -> Pipeline:
+    """Read and check a pipeline, and unroll its loops.
 
-    Returns:
-        its `out`; `stages`, all stages with their loops unrolled; `loops`, the same in one list
-        for each stage of the YAML.
+    Args:
+        config: its YAML file.
+        smoke: take only the first value of every loop.
+
+    Raises:
+        ValueError: a stage or a target is not as it must be.
     """
     with errors_named(config):
-        pipeline = yaml.safe_load(config.read_text())
+        content = yaml.safe_load(config.read_text())
 
     # check
     schema = {"out": PATH, "stages": [dict]}
-    check_schema(pipeline, schema, f"{config}: a pipeline needs `out` and `stages`")
-    for stage in pipeline["stages"]:
+    check_schema(content, schema, f"{config}: a pipeline needs `out` and `stages`")
+    targets = content.get("targets", {})
+    check_targets(targets, f"{config}: targets")
+    for stage in content["stages"]:
         verbs = [key for key in stage if key not in NON_VERB_KEYS]
         if len(verbs) != 1 or verbs[0] not in VERBS or not isinstance(stage[verbs[0]], dict):
             raise ValueError(
@@ -141,9 +170,9 @@ def load(config: Path, smoke: bool = False) -> dict[str, Any]:
         check_schema(stage.get("for") or {}, LOOPS_SCHEMA, f"{where}: for")
 
     # unroll
-    pipeline["loops"] = [unroll(stage, smoke) for stage in pipeline["stages"]]
-    pipeline["stages"] = list(chain.from_iterable(pipeline["loops"]))
-    names = [stage["name"] for stage in pipeline["stages"]]
+    loops = [unroll(stage, smoke) for stage in content["stages"]]
+    pipeline = Pipeline(Path(content["out"]), loops, targets)
+    names = [stage["name"] for stage in pipeline.stages]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
@@ -159,8 +188,8 @@ def run(config: Path, out: Path | None = None, smoke: bool = False, jobs: int = 
     If it is interrupted or killed, the same command continues where it stopped.
 
     Args:
-        config: YAML file with `out`, the folder of the results, and `stages`, each with a name
-            and one verb with its options.
+        config: YAML file with `out`, the folder of the results, `stages`, each with a name and
+            one verb with its options, and perhaps `targets`, which the summary must reach.
         out: folder of the results, instead of the YAML's.
         smoke: run every stage in little time, to test the pipeline: with its `smoke` options, and
             only the first value of every loop.
@@ -170,27 +199,30 @@ def run(config: Path, out: Path | None = None, smoke: bool = False, jobs: int = 
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}; it must be at least 1")
     pipeline = load(config, smoke)
-    out = out or Path(pipeline["out"])
-    with exclusive(out):
-        run_stages(pipeline["loops"], out, smoke, jobs)
+    source = config.read_bytes()
+    out = out or pipeline.out
+    with lock_folder(out):
+        run_stages(pipeline.loops, out, smoke, jobs, source)
     from deploy.report.summary import format_summary  # imports lightning, which is slow
 
     if (out / "summary.json").exists():
         print(format_summary(read_json(out / "summary.json")))
 
 
-@contextmanager
-def exclusive(out: Path) -> Iterator[None]:
-    """Lock a folder; if another process runs a pipeline in it, wait until that process ends."""
+def lock_folder(out: Path) -> AcquireReturnProxy:
+    """Lock a folder; if another process runs a pipeline in it, wait until that process ends.
+
+    Returns:
+        a context manager that unlocks it. The system unlocks it, too, when this process is killed.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message = f"rectify: waiting for another `rectify run` in {out} to end"
-            print(message, file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    lock = FileLock(out / ".lock")
+    try:
+        return lock.acquire(blocking=False)
+    except Timeout:
+        message = f"rectify: waiting for another `rectify run` in {out} to end"
+        print(message, file=sys.stderr, flush=True)
+        return lock.acquire()
 
 
 def die_with_parent() -> None:
@@ -198,8 +230,18 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def run_stages(loops: list[list[dict[str, Any]]], out: Path, smoke: bool, jobs: int) -> None:
+def run_stages(
+    loops: list[list[dict[str, Any]]], out: Path, smoke: bool, jobs: int, source: bytes
+) -> None:
     """Run the unfinished stages: loop after loop, up to `jobs` stages of one loop at once.
+
+    Args:
+        loops: the stages of each loop.
+        out: folder of the results.
+        smoke: whether the stages run with their `smoke` options.
+        jobs: how many stages of one loop run at once.
+        source: content of the pipeline's file. It is written into the folder, where `rectify
+            report` finds the targets.
 
     Raises:
         ValueError: a stage was finished with other settings.
@@ -227,6 +269,11 @@ def run_stages(loops: list[list[dict[str, Any]]], out: Path, smoke: bool, jobs: 
                     f"{out}: stage {stage['name']} was finished with other settings; "
                     f"choose another --out, or delete {out}"
                 )
+
+        # record the pipeline, now that the finished stages have turned out to be its own
+        if unfinished or loop is loops[-1]:
+            with atomic_file(out / PIPELINE_RECORD) as file:
+                file.write(source)
 
         # run them
         if jobs == 1 or len(unfinished) < 2:

@@ -3,7 +3,6 @@
 No code from a checkpoint is run.
 """
 
-import hashlib
 import json
 import re
 import zipfile
@@ -18,10 +17,11 @@ from models.condition import Condition
 from models.denoiser import Denoiser
 from models.description import build, identity
 from models.diffusers.text import Prompts
-from models.tensors import read_safetensors
+from models.tensors import read_safetensors, tensor_digest
 
 CODEC = "codec"  # folder of the frozen codec in a run
 TEXTS = "texts"  # folder of the text encoders in a run
+OPTIMIZER_STATE = "optimizer_states"  # Lightning's entry for it in a checkpoint
 FORMAT = 2  # of what `Generator` adds to a checkpoint under "rectify"
 
 
@@ -108,12 +108,14 @@ def newest_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
-def read_checkpoint(path: str | Path, tensors: bool = True) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, tensors: bool = True, resume: bool = False) -> dict[str, Any]:
     """Read one of our checkpoints without running code from it.
 
     Args:
         path: a file, or the folder of a sharded checkpoint.
         tensors: False skips the tensors of a sharded checkpoint.
+        resume: read all of it into memory. Otherwise the state of the optimizer is left out, and
+            the tensors of a file are mapped: only those that are used take memory.
 
     Raises:
         FileNotFoundError: no such file.
@@ -121,7 +123,7 @@ def read_checkpoint(path: str | Path, tensors: bool = True) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        checkpoint = _read_any(path, tensors)
+        checkpoint = _read_any(path, tensors, resume)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except Exception as error:
@@ -132,6 +134,8 @@ def read_checkpoint(path: str | Path, tensors: bool = True) -> dict[str, Any]:
             f"{path}: not a checkpoint of rectify (it has no `rectify` entry); "
             "use a run folder made by `rectify fit`"
         )
+    if not resume:
+        checkpoint.pop(OPTIMIZER_STATE, None)
     found = checkpoint["rectify"].get("format")
     if found != FORMAT:
         raise ValueError(
@@ -147,12 +151,14 @@ def read_checkpoint(path: str | Path, tensors: bool = True) -> dict[str, Any]:
     return checkpoint
 
 
-def _read_any(path: Path, tensors: bool) -> Any:
+def _read_any(path: Path, tensors: bool, resume: bool) -> Any:
     """Read a sharded checkpoint, a safetensors file, or a file of torch.save."""
     if path.is_dir():
         from models import sharded  # torch.distributed is slow to import
 
-        return sharded.read(path) if tensors else sharded.read_rest(path)
+        if not tensors:
+            return sharded.read_rest(path)
+        return sharded.read(path, skipped=() if resume else (OPTIMIZER_STATE,))
     if path.suffix == ".safetensors":
         average, metadata = read_safetensors(path)
         return {"rectify": json.loads(metadata["rectify"]), "state_dict": {}, "ema": average}
@@ -160,7 +166,7 @@ def _read_any(path: Path, tensors: bool) -> Any:
         damaged = archive.testzip()
         if damaged:
             raise ValueError(f"the checksum of its entry {damaged} does not match")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=not resume)
 
 
 def denoiser_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -175,11 +181,8 @@ def denoiser_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 def fingerprint(denoiser: nn.Module) -> str:
     """Return a sha256 that identifies a denoiser: its description and the bits of its weights."""
-    digest = hashlib.sha256(identity(denoiser).encode())
-    for name, value in sorted(denoiser.state_dict().items()):
-        if name.endswith(".empty_text"):  # made by text encoders; its last bits depend on the CPU
-            continue
-        digest.update(name.encode())
-        data = value.detach().cpu().contiguous().view(torch.uint8)
-        digest.update(data.numpy().tobytes())
-    return digest.hexdigest()
+    weights = {}
+    for name, value in denoiser.state_dict().items():
+        if not name.endswith(".empty_text"):  # text encoders make it, differently on every CPU
+            weights[name] = value
+    return tensor_digest(weights, identity(denoiser))

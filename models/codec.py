@@ -1,6 +1,5 @@
 """Codecs: image <-> latent. Images are float32 in [-1, 1], shape (B, C, H, W)."""
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from data.files import file_digest
+from models.tensors import tensor_digest
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL  # importing it takes a second
@@ -86,11 +86,7 @@ class KL(Codec):
 
     def weights(self) -> str:
         """Return the sha256 of the weights' bits, independent of the file that they came from."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.vae.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return tensor_digest(self.vae.state_dict())
 
     def save(self, path: Path) -> None:
         """Write the diffusers folder, weights as safetensors."""

@@ -10,6 +10,9 @@ from torch import Tensor
 class Condition(ABC):
     """Turns a batch's raw conditions into the network's input, with dropout for guidance."""
 
+    classes = 0  # class labels that it takes; 0 for none
+    dropout = 0.0  # probability of dropping a sample's condition in training
+
     @abstractmethod
     def __call__(
         self, raw: Tensor | None, chance: Callable[[], Tensor] | None = None

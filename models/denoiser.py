@@ -3,12 +3,137 @@
 Samplers and objectives need nothing else of a model.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeGuard, runtime_checkable
+
 import torch
 from torch import Tensor, nn
 
 from models.interpolant import Interpolant, is_inspectable
-from models.prediction import Prediction
+from models.nets import WithEndTime, WithGuidance, WithShape, WithTimeInput
+from models.prediction import Prediction, Velocity
 from models.time_input import ScaledTime, TimeInput
+
+
+@runtime_checkable
+class DenoiserLike(Protocol):
+    """What samplers and objectives need: a denoiser, a guided one, or an analytic one."""
+
+    @property
+    def interpolant(self) -> Interpolant:
+        """The interpolant of the states."""
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, /
+    ) -> tuple[Tensor, Tensor]:
+        """Return (x_hat, eps_hat), shapes (B, C, H, W), at t of shape (B,) or ()."""
+
+
+@runtime_checkable
+class TwoTimeDenoiser(Protocol):
+    """A denoiser that takes a second time s, if `two_time`: a jump from t to s."""
+
+    @property
+    def interpolant(self) -> Interpolant:
+        """The interpolant of the states."""
+
+    @property
+    def two_time(self) -> bool:
+        """Whether it takes a second time."""
+
+    def __call__(
+        self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None, /
+    ) -> tuple[Tensor, Tensor]:
+        """Return (x_hat, eps_hat) of the jump from t to s."""
+
+
+@runtime_checkable
+class Predicting(Protocol):
+    """A denoiser with a network, whose output is a prediction."""
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the network predicts."""
+
+
+class NetworkDenoiser(Predicting, TwoTimeDenoiser, Protocol):
+    """A `Denoiser`, or another with its inputs, such as its moving average."""
+
+    def __call__(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Tensor | None = None,
+        s: Tensor | None = None,
+        w: Tensor | None = None,
+        /,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (x_hat, eps_hat) of the jump from t to s at the guidance scale w."""
+
+
+@runtime_checkable
+class Costed(Protocol):
+    """A denoiser whose cost depends on t, as guidance in an interval does."""
+
+    def evaluations(self, t: Tensor) -> int:
+        """Return the network evaluations of one call at t, per sample."""
+
+
+def is_two_time(denoiser: DenoiserLike) -> TypeGuard[TwoTimeDenoiser]:
+    """Whether a denoiser takes a second time, the end of a step."""
+    return isinstance(denoiser, TwoTimeDenoiser) and denoiser.two_time
+
+
+def jump(
+    denoiser: DenoiserLike, x_t: Tensor, t: Tensor, cond: Tensor | None, s: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return a denoiser's (x_hat, eps_hat), with the second time s if there is one.
+
+    Raises:
+        ValueError: it takes no second time.
+    """
+    if s is None:
+        return denoiser(x_t, t, cond)
+    if not is_two_time(denoiser):
+        raise ValueError("s: the denoiser takes no second time")
+    return denoiser(x_t, t, cond, s)
+
+
+def prediction_of(denoiser: DenoiserLike) -> Prediction:
+    """Return what a denoiser's network predicts; Velocity for an analytic denoiser."""
+    return denoiser.prediction if isinstance(denoiser, Predicting) else Velocity()
+
+
+def cost(denoiser: object, t: Tensor) -> int:
+    """Return the network evaluations per sample of one call of a denoiser at t, by default 1."""
+    return denoiser.evaluations(t) if isinstance(denoiser, Costed) else 1
+
+
+class EvaluationCounter:
+    """Counts network evaluations, one of one sample each."""
+
+    count = 0
+
+
+_counters: list[EvaluationCounter] = []
+
+
+@contextmanager
+def count_evaluations() -> Iterator[EvaluationCounter]:
+    """Count the network evaluations that all denoisers of this process make inside the block."""
+    counter = EvaluationCounter()
+    _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _counters.remove(counter)
+
+
+def add_evaluations(count: int) -> None:
+    """Add evaluations, of networks that are no denoiser too, to the blocks that count them."""
+    for counter in _counters:
+        counter.count += count
 
 
 class Denoiser(nn.Module):
@@ -33,8 +158,6 @@ class Denoiser(nn.Module):
     guidance: float | list[float] | None = None
     # Averages of its weights, by the names of its state_dict, in a run that keeps them (EMA).
     averages: dict[str, Tensor] | None = None
-    # Network evaluations, one of one sample each, by all denoisers of this process so far.
-    evaluations_made = 0
 
     def __init__(
         self,
@@ -47,22 +170,25 @@ class Denoiser(nn.Module):
         self.net = net
         self.interpolant = interpolant
         self.prediction = prediction
-        self.time_input = time_input or getattr(net, "time_input", None) or ScaledTime(1.0)
+        if time_input is None and isinstance(net, WithTimeInput):
+            time_input = net.time_input
+        self.time_input = time_input or ScaledTime(1.0)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape (C, H, W) of the states that the network was built for."""
-        return self.net.channels, self.net.size, self.net.size  # type: ignore[return-value]
+        assert isinstance(self.net, WithShape)
+        return self.net.channels, self.net.size, self.net.size
 
     @property
     def two_time(self) -> bool:
         """Whether the network takes a second time."""
-        return bool(getattr(self.net, "two_time", False))
+        return isinstance(self.net, WithEndTime) and self.net.two_time
 
     @property
     def reads_guidance(self) -> bool:
         """Whether the network takes a guidance scale."""
-        return bool(getattr(self.net, "guidance_embedded", False))
+        return isinstance(self.net, WithGuidance) and self.net.guidance_embedded
 
     def forward(
         self,
@@ -108,7 +234,7 @@ class Denoiser(nn.Module):
         if w is not None:
             optional["guidance"] = w.to(dtype).expand(len(x_t))
         # One evaluation, and the 2x2 solve
-        Denoiser.evaluations_made += len(x_t)
+        add_evaluations(len(x_t))
         scaled = self.prediction.scale_input(self.interpolant, x_t, t)
         y = self.net(scaled, self.time_input(t), cond, **optional).to(dtype)
         return self.prediction.solve(self.interpolant, y, x_t, t)

@@ -7,11 +7,10 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from models.denoiser import Denoiser
+from models.denoiser import Denoiser, DenoiserLike, NetworkDenoiser, is_two_time, jump
 from models.description import identity
 from models.interpolant import Interpolant, expand
 from models.prediction import Prediction
-from models.sampler import DenoiserLike
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +62,12 @@ class Guided(nn.Module):
     @property
     def interpolant(self) -> Interpolant:
         """The denoiser's interpolant."""
-        return self.denoiser.interpolant  # type: ignore[attr-defined]
+        return self.denoiser.interpolant
 
     @property
     def two_time(self) -> bool:
         """Whether the denoiser takes a second time."""
-        return getattr(self.denoiser, "two_time", False)
+        return is_two_time(self.denoiser)
 
     def acts(self, t: Tensor) -> Tensor:
         """Return where guidance acts, with t's shape."""
@@ -104,17 +103,16 @@ class Guided(nn.Module):
 
         Both are linear in the network's output, so that every prediction gives the same result.
         """
-        t_end = () if s is None else (s,)
-        x_cond, eps_cond = self.denoiser(x_t, t, cond, *t_end)
+        x_cond, eps_cond = jump(self.denoiser, x_t, t, cond, s)
         always = self._acts_always
         active = self.acts(t)
         if always is False or (always is None and not active.any()):
             return x_cond, eps_cond
         # u + w (c - u)
         if self.negative is None:
-            x_negative, eps_negative = self.denoiser(x_t, t, None, *t_end)
+            x_negative, eps_negative = jump(self.denoiser, x_t, t, None, s)
         else:
-            x_negative, eps_negative = self.negative(x_t, t, cond, *t_end)
+            x_negative, eps_negative = jump(self.negative, x_t, t, cond, s)
         w = expand(self.scale, x_t) if isinstance(self.scale, Tensor) else self.scale
         x_hat = x_negative + w * (x_cond - x_negative)
         eps_hat = eps_negative + w * (eps_cond - eps_negative)
@@ -138,8 +136,8 @@ class Guided(nn.Module):
 
 def _check_same_interpolant(denoiser: DenoiserLike, negative: DenoiserLike) -> None:
     """Check that a negative has the denoiser's interpolant."""
-    expected: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
-    found: Interpolant = negative.interpolant  # type: ignore[attr-defined]
+    expected = denoiser.interpolant
+    found = negative.interpolant
     if found is not expected and identity(found) != identity(expected):
         raise ValueError(
             f"Guided: negative's interpolant is {found!r}, the denoiser's is {expected!r}; "
@@ -150,7 +148,7 @@ def _check_same_interpolant(denoiser: DenoiserLike, negative: DenoiserLike) -> N
 class DenoiserWrapper(nn.Module, ABC):
     """A denoiser with the interpolant, prediction and inputs of the one that it wraps."""
 
-    denoiser: Denoiser
+    denoiser: NetworkDenoiser
 
     @property
     def interpolant(self) -> Interpolant:
@@ -184,7 +182,7 @@ class GuidanceConditioned(DenoiserWrapper):
         scale: w, a number or one for each sample, (B,).
     """
 
-    def __init__(self, denoiser: Denoiser, scale: float | Tensor):
+    def __init__(self, denoiser: NetworkDenoiser, scale: float | Tensor):
         super().__init__()
         self.denoiser = denoiser
         self.scale = scale
@@ -197,16 +195,39 @@ class GuidanceConditioned(DenoiserWrapper):
         return self.denoiser(x_t, t, cond, s, w)
 
 
-def with_guidance(denoiser: Denoiser, scale: float | Tensor) -> Guided | GuidanceConditioned:
+def with_guidance(
+    denoiser: Denoiser,
+    scale: float | Tensor,
+    interval: tuple[float, float] = (0.0, 1.0),
+    rescale: float = 0.0,
+    negative: DenoiserLike | None = None,
+) -> Guided | GuidanceConditioned:
     """Return a denoiser at a guidance scale, by its own input for the scale if it has one.
 
     Warns once about a scale that it was not trained for.
+
+    Args:
+        denoiser: the denoiser.
+        scale: w, a number or one for each sample, (B,).
+        interval: least and largest t at which guidance acts; see `Guided`.
+        rescale: see `Guided`.
+        negative: see `Guided`.
+
+    Raises:
+        ValueError: the denoiser takes the scale as an input, which is guidance at every t, not
+            rescaled, and without another negative.
     """
     if not isinstance(scale, Tensor):
         _warn_of_untrained(denoiser, scale)
-    if denoiser.reads_guidance:
-        return GuidanceConditioned(denoiser, scale)
-    return Guided(denoiser, scale)
+    low, high = interval
+    if not denoiser.reads_guidance:
+        return Guided(denoiser, scale, low, high, rescale, negative)
+    if (low, high) != (0, 1) or rescale or negative:
+        raise ValueError(
+            "guidance: this network takes the scale as an input (guidance_embedded); it cannot "
+            "take an interval, a rescale or a negative"
+        )
+    return GuidanceConditioned(denoiser, scale)
 
 
 def _warn_of_untrained(denoiser: Denoiser, scale: float) -> None:

@@ -3,13 +3,15 @@
 In diffusers this is a schedule, in flow matching a path.
 """
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from data.files import digest
 
 
 def expand(t: Tensor, like: Tensor) -> Tensor:
@@ -31,6 +33,28 @@ def is_inspectable(t: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._functorch.is_batchedtensor(t)
     )
+
+
+def find_last(holds: Callable[[Tensor], Tensor], like: Tensor, parts: int, rounds: int) -> Tensor:
+    """Return the last t in [0, 1) of a fine grid at which a condition holds, or 0.
+
+    It inverts monotone functions: let the condition be that the function has not passed a value.
+    Each round divides an interval into equal parts and keeps one of them.
+
+    Args:
+        holds: returns whether the condition holds at times, shape (..., parts - 1); wherever it
+            holds, it holds at all earlier times.
+        like: has the shape, dtype and device of the result.
+        parts: of the interval in each round, a power of 2.
+        rounds: the grid has parts^rounds steps.
+    """
+    t = torch.zeros_like(like)
+    inner = torch.arange(1, parts, dtype=like.dtype, device=like.device)
+    width = 1.0
+    for _ in range(rounds):
+        width /= parts
+        t = t + width * holds(t[..., None] + width * inner).sum(-1)
+    return t
 
 
 class Interpolant(ABC):
@@ -57,17 +81,16 @@ class Interpolant(ABC):
     def time_of_snr(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         """Return the t at which alpha(t) : sigma(t) equals alpha : sigma, of their shape.
 
-        Where no t has this ratio, return the nearer end of [0, 1]. Each round narrows the interval
-        by a factor of 256, down to the rounding of t.
+        Where no t has this ratio, return the nearer end of [0, 1]. It is as accurate as the
+        rounding of t.
         """
-        t = torch.zeros_like(alpha)
-        inner = torch.arange(1, 256, dtype=alpha.dtype, device=alpha.device)
+
+        def is_cleaner(t: Tensor) -> Tensor:
+            a, s = self(t)
+            return s * alpha[..., None] <= a * sigma[..., None]
+
         rounds = 8 if alpha.dtype == torch.float64 else 5
-        for power in range(1, rounds + 1):
-            a, s = self(t[..., None] + inner / 256.0**power)
-            passed = s * alpha[..., None] <= a * sigma[..., None]
-            t = t + passed.sum(-1) / 256.0**power
-        return t
+        return find_last(is_cleaner, alpha, 256, rounds)
 
     def mix(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Return the state x_t of data x and noise eps, both (B, ...), at t of shape (B,) or ()."""
@@ -132,6 +155,11 @@ class Trigonometric(Interpolant):
         return torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t)
 
 
+def _log_alpha(t: Tensor, beta_min: float, beta_max: float) -> Tensor:
+    """Return log alpha of VP and sub-VP, `-int_0^t beta / 2`, where beta(t) is linear."""
+    return -(beta_max - beta_min) * t**2 / 4 - beta_min * t / 2
+
+
 class VariancePreserving(Interpolant):
     """The marginals of the VP SDE with a linear beta(t).
 
@@ -149,7 +177,7 @@ class VariancePreserving(Interpolant):
         self.beta_max = beta_max
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        log_alpha = -(self.beta_max - self.beta_min) * t**2 / 4 - self.beta_min * t / 2
+        log_alpha = _log_alpha(t, self.beta_min, self.beta_max)
         # expm1: 1 - alpha^2 loses three digits near t = 0
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
 
@@ -170,7 +198,7 @@ class SubVariancePreserving(Interpolant):
         self.beta_max = beta_max
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        log_alpha = -(self.beta_max - self.beta_min) * t**2 / 4 - self.beta_min * t / 2
+        log_alpha = _log_alpha(t, self.beta_min, self.beta_max)
         return log_alpha.exp(), -torch.expm1(2 * log_alpha)
 
 
@@ -380,10 +408,10 @@ class Discrete(Interpolant):
 
     def __repr__(self) -> str:
         count = len(self.betas)
-        digest = hashlib.sha256(repr(self.betas).encode()).hexdigest()[:8]
+        sha256 = digest(repr(self.betas).encode())[:8]
         zero = ", zero_terminal_snr=True" if self.zero_terminal_snr else ""
         ends = f"{self.betas[0]:.6g} to {self.betas[-1]:.6g}"
-        return f"Discrete({count} betas {ends}, sha256 {digest}{zero})"
+        return f"Discrete({count} betas {ends}, sha256 {sha256}{zero})"
 
 
 def _check_chain(betas: list[float]) -> None:

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.interpolant import Interpolant, expand
+from models.denoiser import DenoiserLike, cost
+from models.interpolant import expand
 from models.prediction import Velocity
-from models.sampler import DenoiserLike, cost
+from models.sampler.ode import dormand_prince
 
 State = tuple[Tensor, Tensor]  # x_t (B, C, H, W), and the divergence integrated so far (B,)
 Field = Callable[[Tensor, Tensor], State]  # (x_t, t) -> (velocity, divergence), t of shape ()
@@ -88,7 +89,8 @@ class FixedSolver(Solver):
             math.sqrt(first), math.sqrt(last), steps + 1, dtype=torch.float64, device=x.device
         )
         grid = roots.square().clamp(first, last).to(x.dtype)
-        # the classical method, for the state and the integral of the divergence
+        # The classical method, for the state and the integral of the divergence. The sampler
+        # RungeKutta4 rounds the middle of a step differently, to (t + s) / 2.
         for t, s in zip(grid[:-1], grid[1:]):
             h = s - t
             u1, d1 = f(x, t)
@@ -122,30 +124,16 @@ class AdaptiveSolver(Solver):
         self.max_steps = max_steps
 
     def __call__(self, f: Field, y: State, first: float, last: float, rough: bool = False) -> State:
-        from torchdiffeq import odeint  # it imports scipy
-
-        times = y[0].new_tensor([first, last])
         factor = 10 if rough else 1
-        # step_t: stop exactly at the end; otherwise it oversteps and interpolates
-        options = {"max_num_steps": self.max_steps, "step_t": times[1:]}
-
-        def derivative(t: Tensor, y: State) -> State:
-            return f(y[0], t.clamp(first, last))  # the first trial step may overshoot
-
-        try:
-            x, total = odeint(
-                derivative,
-                y,
-                times,
-                rtol=factor * self.rtol,
-                atol=factor * self.atol,
-                method="dopri5",
-                options=options,
-            )
-        except AssertionError as error:  # torchdiffeq's way to give up
-            raise ValueError(
-                f"log_prob: AdaptiveSolver failed ({error}); raise rtol, atol or t_min"
-            ) from error
+        x, total = dormand_prince(
+            lambda t, state: f(state[0], t),
+            y,
+            times=y[0].new_tensor([first, last]),
+            rtol=factor * self.rtol,
+            atol=factor * self.atol,
+            failure="log_prob: AdaptiveSolver found no solution; raise rtol, atol or t_min",
+            max_steps=self.max_steps,
+        )
         return x[-1], total[-1]
 
 
@@ -207,8 +195,7 @@ def log_prob(
     with torch.inference_mode(False), torch.no_grad():
         # Start from alpha x, by the change of variables from x to alpha x.
         x = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
-        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
-        alpha, sigma = interpolant(x.new_tensor([t_min, t_max]))
+        alpha, sigma = denoiser.interpolant(x.new_tensor([t_min, t_max]))
         start = alpha[0] * x, x[0].numel() * alpha[0].log().expand(len(x))
         # Solve twice; no inference tensor is differentiated.
         cond = None if cond is None else cond.clone()
@@ -259,9 +246,8 @@ class VelocityAndDivergence:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             times = t.expand(len(x))
-            interpolant = self.denoiser.interpolant  # type: ignore[attr-defined]
             x_hat, eps_hat = self.denoiser(x, times, self.cond)
-            u = Velocity().target(interpolant, x_hat, eps_hat, times)
+            u = Velocity().target(self.denoiser.interpolant, x_hat, eps_hat, times)
             divergence = x.new_zeros(len(x))
             for v in self.probes:
                 v = v.expand_as(x)
@@ -289,7 +275,7 @@ def bits_per_dim(
     This bounds the bits per dimension of the image before dequantisation.
 
     Args:
-        log_p: log-density in nats of `dequantise(pixels, generator, range)`, (B,).
+        log_p: log-density in nats of dequantised images (data.dequantised), (B,).
         shape: (C, H, W) of one sample; D is their product.
         range: of the data: the last term is 8 for (0, 1) and 7 for (-1, 1).
         levels: number of levels that the range was divided into.
@@ -304,28 +290,3 @@ def bits_per_dim(
             "must be positive"
         )
     return -log_p / (math.prod(shape) * math.log(2)) + math.log2(levels / (high - low))
-
-
-def dequantise(
-    pixels: Tensor, generator: torch.Generator, range: tuple[float, float] = (-1.0, 1.0)
-) -> Tensor:
-    """Return `low + (high - low) (pixels + u) / 256`, u uniform in [0, 1), float32.
-
-    Bytes become samples with a density (Theis et al. 2015, arXiv 1511.01844).
-
-    Args:
-        pixels: bytes (uint8), any shape.
-        generator: draws u.
-        range: of the result.
-
-    Raises:
-        ValueError: pixels are not bytes.
-    """
-    if pixels.dtype != torch.uint8:
-        raise ValueError(
-            f"dequantise: pixels are {pixels.dtype}; they must be torch.uint8 "
-            "(models.codec.to_uint8 makes them)"
-        )
-    low, high = range
-    u = torch.rand(pixels.shape, generator=generator, device=generator.device).to(pixels.device)
-    return low + (high - low) * (pixels + u) / 256

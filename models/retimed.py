@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from models.denoiser import DenoiserLike, cost, is_two_time, jump
 from models.interpolant import Interpolant, expand
-from models.sampler import DenoiserLike, cost
 
 
 class Retimed(nn.Module):
@@ -27,7 +27,7 @@ class Retimed(nn.Module):
         self.denoiser = denoiser
         self.interpolant = interpolant
         self.gap = gap
-        inner: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+        inner = denoiser.interpolant
         inner_low, inner_high = _end_angles(inner)
         low, high = _end_angles(interpolant)
         if not max(inner_low - low, high - inner_high) <= gap:
@@ -45,12 +45,7 @@ class Retimed(nn.Module):
     @property
     def two_time(self) -> bool:
         """Whether the denoiser takes a second time."""
-        return getattr(self.denoiser, "two_time", False)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """The shape (C, H, W) of the states."""
-        return self.denoiser.shape  # type: ignore[attr-defined]
+        return is_two_time(self.denoiser)
 
     def forward(
         self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None
@@ -65,14 +60,14 @@ class Retimed(nn.Module):
         """
         time, scale = self._equal_snr(t)
         scaled = expand(scale, x_t) * x_t
-        if s is None:
-            return self.denoiser(scaled, time, cond)
-        t_end, _ = self._equal_snr(s)
-        return self.denoiser(scaled, time, cond, t_end)
+        t_end = None
+        if s is not None:
+            t_end, _ = self._equal_snr(s)
+        return jump(self.denoiser, scaled, time, cond, t_end)
 
     def _equal_snr(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the denoiser's time of equal SNR, and the scale of its states relative to ours."""
-        inner: Interpolant = self.denoiser.interpolant  # type: ignore[attr-defined]
+        inner = self.denoiser.interpolant
         alpha, sigma = self.interpolant(t.to(torch.promote_types(t.dtype, torch.float32)))
         time = inner.time_of_snr(alpha, sigma)
         return time, torch.hypot(*inner(time)) / torch.hypot(alpha, sigma)

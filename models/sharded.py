@@ -6,7 +6,7 @@ torch.distributed.checkpoint, so that any number of ranks, or one process, can r
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, empty
 
-from data.files import checksum
+from data.files import file_checksum
 
 REST = "rest.pt"
 CHECKSUMS = "sums.json"
@@ -97,19 +97,23 @@ def read_rest(folder: Path) -> dict[str, Any]:
     return torch.load(folder / REST, map_location="cpu", weights_only=True)
 
 
-def read(folder: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
-    """Read a whole checkpoint.
+def read(
+    folder: Path, mesh: DeviceMesh | None = None, skipped: Collection[str] = ()
+) -> dict[str, Any]:
+    """Read a checkpoint.
 
     Args:
         folder: the checkpoint.
         mesh: with a mesh of ranks, each reads its own part of the sharded tensors.
+        skipped: entries that are left out.
 
     Raises:
         ValueError: a file is missing or damaged, or the files do not make a whole checkpoint.
     """
     try:
         check_files(folder, mesh)
-        checkpoint, tensors = join(read_rest(folder), mesh)
+        rest = {key: value for key, value in read_rest(folder).items() if key not in skipped}
+        checkpoint, tensors = join(rest, mesh)
         with warnings.catch_warnings(action="ignore"):  # about reading with one process
             reader = HuggingFaceStorageReader(str(folder))
             dcp.load(tensors, storage_reader=reader, no_dist=mesh is None)
@@ -132,7 +136,7 @@ def check_files(folder: Path, mesh: DeviceMesh | None) -> None:
     bad = sorted(present - recorded.keys())
     for name in sorted(recorded)[rank::world]:
         path = folder / Path(name).name
-        if not path.is_file() or checksum(path) != recorded[name]:
+        if not path.is_file() or file_checksum(path) != recorded[name]:
             bad.append(name)
     # All ranks learn what any of them found.
     if mesh:

@@ -1,5 +1,6 @@
-"""Tensor files: safetensors with a checksum, which the format itself lacks, and nested values."""
+"""Tensors: their checksums, their files (safetensors with a checksum), and nested values."""
 
+import hashlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -10,13 +11,28 @@ from safetensors.torch import save
 from torch import Tensor
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = xxhash.xxh3_128()
+def tensor_digest(tensors: dict[str, Tensor], header: str = "") -> str:
+    """Return the sha256 of a text and of the names and bits of tensors, which identifies them."""
+    sha256 = hashlib.sha256(header.encode())
     for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        data = value.detach().cpu().contiguous().view(-1)
-        digest.update(data.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        sha256.update(name.encode())
+        sha256.update(_bytes(value))
+    return sha256.hexdigest()
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """Return the xxh3 of the names, types, shapes and bits of tensors, which shows damage."""
+    xxh3 = xxhash.xxh3_128()
+    for name, value in sorted(tensors.items()):
+        xxh3.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        xxh3.update(_bytes(value))
+    return xxh3.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor, without a copy if it is contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def to_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

@@ -29,10 +29,6 @@ class ScaledTime(TimeInput):
     def __call__(self, t: Tensor) -> Tensor:
         return self.factor * t
 
-    def time(self, value: Tensor) -> Tensor:
-        """Return the t of an input."""
-        return value / self.factor
-
 
 class TimestepIndex(TimeInput):
     """The index 0 to n - 1 of a chain, where index i stands for t = (i + 1) / n, as in `Discrete`.
@@ -55,10 +51,6 @@ class TimestepIndex(TimeInput):
         index = (t * self.n - 1).clamp(0, self.n - 1)
         return index.round() if self.rounded else index
 
-    def time(self, value: Tensor) -> Tensor:
-        """Return the t of an index."""
-        return (value + 1) / self.n
-
 
 class NoiseLevel(TimeInput):
     """c_noise = ln(sigma / alpha) / 4 (Karras et al. 2022, arXiv 2206.00364, table 1).
@@ -75,10 +67,6 @@ class NoiseLevel(TimeInput):
     def __call__(self, t: Tensor) -> Tensor:
         alpha, sigma = self.interpolant(t)
         return (sigma / alpha).log() / 4
-
-    def time(self, value: Tensor) -> Tensor:
-        """Return the t of an input."""
-        return self.interpolant.time_of_snr(torch.ones_like(value), (4 * value).exp())
 
 
 class TabulatedTime(TimeInput):

@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers import AutoencoderKL
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from data.batch import Batch
 from data.files import atomic_folder
 from models.checkpoint import CODEC, FORMAT
 from models.codec import save_codec
+from trainer.optimization import OptimizedModule
+from trainer.step_outputs import StepOutputs
 from trainer.step_random import StepRandom
 
 
@@ -21,7 +21,7 @@ class AutoencoderLosses(NamedTuple):
     kl: Tensor  # KL to N(0, 1), in nats per latent number
 
 
-class Autoencoder(LightningModule):
+class Autoencoder(OptimizedModule):
     """A diffusers AutoencoderKL, trained with mean squared error and KL.
 
     Latent Diffusion, Rombach et al. 2021 (arXiv 2112.10752).
@@ -46,6 +46,8 @@ class Autoencoder(LightningModule):
         norm_num_groups: int = 8,
         kl_weight: float = 1e-4,
     ):
+        from diffusers import AutoencoderKL  # slow to import
+
         super().__init__()
         self.kl_weight = kl_weight
         self.vae = AutoencoderKL(
@@ -59,10 +61,11 @@ class Autoencoder(LightningModule):
             norm_num_groups=norm_num_groups,
         )
 
-    def training_step(self, batch: Batch, _: int) -> dict[str, Tensor]:
+    def training_step(self, batch: Batch, _: int) -> StepOutputs:
         """Return the loss of a batch, with its two parts."""
         mse, kl = self.losses(batch)
-        return {"loss": mse + self.kl_weight * kl, "mse": mse.detach(), "kl": kl.detach()}
+        parts = {"mse": mse.detach(), "kl": kl.detach()}
+        return {"loss": mse + self.kl_weight * kl, "parts": parts}
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """Log the loss of held-out images."""

@@ -16,18 +16,19 @@ from models.denoiser import Denoiser
 from models.description import build, describe
 from models.diffusers.networks import Pretrained
 from models.diffusers.text import Prompts
+from models.nets import Net
 
 
 def check_condition(denoiser: Denoiser, condition: Condition | None) -> None:
     """Check that the condition gives what the network takes."""
     net = denoiser.net
-    if getattr(net, "needs_class", False) and getattr(condition, "dropout", 0):
+    if isinstance(net, Net) and net.needs_class and condition and condition.dropout:
         raise ValueError(
             "model.condition.dropout: this network has no label for 'no class'; set it to 0"
         )
 
     # The number of tokens of a text, 0 without texts.
-    net_tokens = getattr(net, "tokens", 0)
+    net_tokens = net.tokens if isinstance(net, Net) else 0
     tokens = len(condition.empty) if isinstance(condition, Prompts) else 0
     if net_tokens != tokens:
         raise ValueError(
@@ -57,8 +58,9 @@ def check_source(
     sample = source.sample()
 
     # 1. The classes of network and condition.
-    net_classes = getattr(denoiser.net, "classes", None)
-    classes = getattr(condition, "classes", 0)
+    net = denoiser.net
+    net_classes = net.classes if isinstance(net, Net) else None
+    classes = condition.classes
     if net_classes is not None and net_classes != classes:
         raise ValueError(
             f"model.denoiser.net.classes is {net_classes}, model.condition.classes is {classes}; "
@@ -194,3 +196,18 @@ def _shorten(description: Any) -> str:
         return str(description.get("class_path"))
     text = repr(description)
     return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def check_density_data(source: IndexedDataset, shape: tuple[int, int, int]) -> None:
+    """Check that samples have a density, and the shape (C, H, W) that a model was built for."""
+    sample = source.sample()
+    if not sample.latent:
+        raise ValueError(
+            f"data: {type(source).__name__} gives images of 8-bit pixels, which have no density; "
+            "wrap it in Dequantised"
+        )
+    found = tuple(sample.x.shape[1:])
+    if found != shape:
+        raise ValueError(
+            f"data: the shape (channels, size, size) of a sample is {found}, the model's is {shape}"
+        )

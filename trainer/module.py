@@ -10,23 +10,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from data.batch import Batch, IndexedDataset
+from data.batch import Batch, BatchStream, IndexedDataset
 from data.files import atomic_folder
-from data.mixed import Mixed
 from data.pairs import Pairs
 from data.sequential import SequentialTars
 from models.checkpoint import CODEC, FORMAT, TEXTS, fingerprint, load_checkpoint
 from models.codec import KL, Codec, load_codec
 from models.condition import Condition, Unconditional
-from models.denoiser import Denoiser
+from models.denoiser import Denoiser, count_evaluations
 from models.description import build, describe
 from models.diffusers.text import Prompts
 from models.guidance import GuidanceConditioned
 from models.interpolant import expand
+from models.nets import Net
 from models.nets.embedding import ScalarEmbedding
 from trainer.compatibility import check_condition, check_pairs, check_same_model, check_source
 from trainer.engine.fsdp import shard, to_local
+from trainer.engine.trainer_parts import find_datamodule
 from trainer.objectives import Matching, Objective
+from trainer.objectives.base import Loss
+from trainer.optimization import OptimizedModule, ParameterGroup
+from trainer.step_outputs import StepOutputs
 from trainer.step_random import StepRandom
 
 
@@ -55,20 +59,35 @@ def inherit_weights(denoiser: Denoiser, source: Denoiser) -> None:
     denoiser.load_state_dict(weights | source.state_dict())
 
 
+def list_blocks(network: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a network, or of a denoiser's: none if it does not name any."""
+    net = network.net if isinstance(network, Denoiser) else network
+    return net.list_blocks() if isinstance(net, Net) else []
+
+
 class SkipStudentUpdate(Callback):
     """Leaves the denoiser unchanged in steps that train only the objective's networks."""
+
+    def __init__(self) -> None:
+        self.step = 0  # of the current batch; trainer.global_step is larger after an epoch
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Note the step of the batch."""
+        self.step = batch.step
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Drop the denoiser's gradients: the optimizer skips parameters without one."""
         assert isinstance(pl_module, Generator)
-        if pl_module.objective.student_frozen:
+        if not pl_module.objective.student_learns(self.step):
             for value in pl_module.denoiser.parameters():
                 value.grad = None
 
 
-class Generator(LightningModule):
+class Generator(OptimizedModule):
     """Trains a denoiser on images, latents or pairs.
 
     Args:
@@ -108,7 +127,6 @@ class Generator(LightningModule):
         self.denoiser = denoiser
         self.objective = objective or Matching()
         self.condition = condition or Unconditional()
-        self.initial = initial
         self.networks = nn.ModuleDict(self.objective.networks)
 
         # 2. The frozen codec. In a list it is neither trained nor checkpointed.
@@ -125,7 +143,7 @@ class Generator(LightningModule):
         # 4. Initial weights.
         self.teacher_hash: str | None = None
         if initial:
-            source, _, _ = load_checkpoint(initial)
+            source = load_checkpoint(initial).denoiser
             self.teacher_hash = fingerprint(source)
             inherit_weights(self.denoiser, source)
 
@@ -136,7 +154,7 @@ class Generator(LightningModule):
 
     # The training step
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:
+    def training_step(self, batch: Batch, _: int) -> StepOutputs:
         """Return the loss of a batch; the step is the same for every objective."""
         # 1. Random numbers, keyed by the seed, the step and the position in the global batch.
         random = StepRandom(batch)
@@ -145,21 +163,28 @@ class Generator(LightningModule):
         drop = partial(random.uniform, "drop")
         cond = self.condition(batch.condition, chance=drop)
 
-        # 3. The objective's loss.
-        loss = self.loss(batch, random, cond)
+        # 3. The objective's loss, and its cost.
+        with count_evaluations() as counter:
+            loss = self.loss(batch, random, cond)
 
         # 4. In a step without the student, zero gradients: ranks wait for one of every weight.
-        if self.objective.student_frozen:
-            loss = loss + sum(0 * to_local(value).sum() for value in self.denoiser.parameters())
-        return loss
+        total = loss.total
+        if not self.objective.student_learns(batch.step):
+            total = total + sum(0 * to_local(value).sum() for value in self.denoiser.parameters())
+        return {
+            "loss": total,
+            "parts": loss.parts,
+            "per_sample": loss.per_sample,
+            "evaluations": counter.count,
+        }
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """Log the loss of a held-out batch, without dropping conditions."""
         cond = self.condition(batch.condition)
         loss = self.loss(batch, StepRandom(batch), cond)
-        self.log("heldout_loss", loss, sync_dist=True, batch_size=len(batch.x))
+        self.log("heldout_loss", loss.total, sync_dist=True, batch_size=len(batch.x))
 
-    def loss(self, batch: Batch, random: StepRandom, cond: Tensor | None) -> Tensor:
+    def loss(self, batch: Batch, random: StepRandom, cond: Tensor | None) -> Loss:
         """Return the objective's loss of a batch.
 
         Args:
@@ -186,45 +211,37 @@ class Generator(LightningModule):
 
     def configure_model(self) -> None:
         """Recompute, compile and shard the networks' blocks, as the arguments and strategy say."""
-        for block in getattr(self.denoiser.net, "blocks", []):
+        for block in list_blocks(self.denoiser):
             if self.recompute:
                 block.forward = partial(recomputed, block.forward, use_reentrant=False)
             if self.compile_blocks:
                 block.compile()
         for network in (self.denoiser, *self.networks.values()):
-            blocks = getattr(getattr(network, "net", network), "blocks", [])
-            shard(network, blocks, self)
+            shard(network, list_blocks(network), self)
 
     def configure_callbacks(self) -> list[Callback]:
         """Return what keeps the denoiser unchanged while only other networks are trained."""
         return [SkipStudentUpdate()] if self.networks else []
 
-    def groups(self, rate: float) -> list[dict[str, Any]]:
-        """Return the optimizer's parameter groups.
-
-        Args:
-            rate: learning rate of the denoiser, which the objective's networks may scale.
-        """
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Return the parameters to optimize: the denoiser's, then those of the objective."""
         student = []
         for name, value in self.named_parameters():
             if not name.startswith("networks."):
                 student.append(value)
+        groups = [ParameterGroup(student)]
         others = list(self.networks.parameters())
-        groups: list[dict[str, Any]] = [{"params": student}]
         if others:
-            groups.append({"params": others, "lr": rate * self.objective.learning_rate_ratio})
+            groups.append(ParameterGroup(others, self.objective.learning_rate_ratio))
         return groups
 
     def on_fit_start(self) -> None:
         """Check that the data fit the model, and save codec and text encoders in the run."""
         # 1. The data, which may be a mixture.
-        datamodule = getattr(self.trainer, "datamodule", None)
-        for name in ("source", "heldout"):
-            source = getattr(datamodule, name, None)
-            parts = source.sources if isinstance(source, Mixed) else [source]
-            for part in parts:
-                if isinstance(part, IndexedDataset | SequentialTars):
-                    self.check_data(part)
+        datamodule = find_datamodule(self.trainer)
+        if datamodule:
+            for source in datamodule.sources():
+                self.check_data(source)
 
         # 2. Frozen parts: a run folder is complete by itself.
         self.codec.to(self.device)
@@ -237,9 +254,10 @@ class Generator(LightningModule):
                 with atomic_folder(run / CODEC) as folder:
                     self.codec.save(folder)
 
-    def check_data(self, source: IndexedDataset | SequentialTars) -> None:
+    def check_data(self, source: BatchStream) -> None:
         """Check that a source fits the model, and record the guidance of pairs for checkpoints."""
-        check_source(source, self.denoiser, self.condition, self.codec)
+        if isinstance(source, IndexedDataset | SequentialTars):
+            check_source(source, self.denoiser, self.condition, self.codec)
         if isinstance(source, Pairs):
             check_pairs(source, self.denoiser, self.condition, self.teacher_hash)
             # A range of scales is what the student is conditioned on: no later scale replaces it.

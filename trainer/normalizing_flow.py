@@ -3,18 +3,19 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from data.batch import Batch, IndexedDataset
 from models.checkpoint import FORMAT
 from models.description import describe
 from models.normalizing_flow import Flow
-from trainer.compatibility import check_same_model
+from trainer.compatibility import check_density_data, check_same_model
+from trainer.engine.trainer_parts import find_datamodule
+from trainer.optimization import OptimizedModule
 from trainer.step_random import StepRandom
 
 
-class MaximumLikelihood(LightningModule):
+class MaximumLikelihood(OptimizedModule):
     """Trains a flow on data with a density: points (Plane), images (Dequantised), latents.
 
     The loss is -log p(x) in nats per dimension. The random numbers by which a flow estimates it
@@ -49,11 +50,11 @@ class MaximumLikelihood(LightningModule):
 
     def on_fit_start(self) -> None:
         """Check that the data have a density and the flow's shape."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        for name in ("source", "heldout"):
-            source = getattr(datamodule, name, None)
-            if isinstance(source, IndexedDataset):
-                check_density_data(source, self.flow.shape)
+        datamodule = find_datamodule(self.trainer)
+        if datamodule:
+            for source in datamodule.sources():
+                if isinstance(source, IndexedDataset):
+                    check_density_data(source, self.flow.shape)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what rebuilds the flow without its configuration (models.normalizing_flow)."""
@@ -63,18 +64,3 @@ class MaximumLikelihood(LightningModule):
         """Check that the resumed run has this flow."""
         stored = checkpoint["rectify"].get("flow")
         check_same_model(self.trainer.default_root_dir, "model.flow", stored, self.spec["flow"])
-
-
-def check_density_data(source: IndexedDataset, shape: tuple[int, int, int]) -> None:
-    """Check that samples have a density, and the shape (C, H, W) that a model was built for."""
-    sample = source.sample()
-    if not sample.latent:
-        raise ValueError(
-            f"data: {type(source).__name__} gives images of 8-bit pixels, which have no density; "
-            "wrap it in Dequantised"
-        )
-    found = tuple(sample.x.shape[1:])
-    if found != shape:
-        raise ValueError(
-            f"data: the shape (channels, size, size) of a sample is {found}, the model's is {shape}"
-        )

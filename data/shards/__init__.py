@@ -8,7 +8,7 @@ set/manifest.json   the plan and the list of shards: a set without its manifest 
 """
 
 from data.shards.manifest import read_manifest
-from data.shards.order import Order, order
+from data.shards.order import Order
 from data.shards.read import ShardReader, npy_to_array
 from data.shards.write import ShardWriter, array_to_npy
 
@@ -18,6 +18,5 @@ __all__ = [
     "ShardWriter",
     "array_to_npy",
     "npy_to_array",
-    "order",
     "read_manifest",
 ]

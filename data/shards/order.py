@@ -73,13 +73,3 @@ class Order:
             count -= len(part)
         found = np.concatenate(parts) if parts else np.empty(0, np.int64)
         return found if self.kept is None else self.kept[found]
-
-
-def order(manifest: dict[str, Any], seed: int, epoch: int, start: int, count: int) -> np.ndarray:
-    """Return the indices of `count` samples from position `start` of an epoch.
-
-    They continue into the next epoch where this one ends.
-    """
-    counts = [shard["count"] for shard in manifest["shards"]]
-    endless = Order(counts, seed)
-    return endless.indices(epoch * endless.total + start, count)

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-import xxhash
 from numpy.lib.stride_tricks import as_strided
 
 from data.cache import Cache
-from data.files import errors_named, parse_checksummed_json
+from data.files import checksum, errors_named, parse_checksummed_json, sample_checksum
 from data.shards.manifest import read_manifest
 from data.shards.write import TAR_BLOCK, split_name
 
@@ -177,7 +176,7 @@ class Shard:
         return sample
 
     def _verify(self, data: np.ndarray, xxh3: int) -> None:
-        if xxhash.xxh3_64_intdigest(data.data) != xxh3:
+        if sample_checksum(data.data) != xxh3:
             raise ValueError(
                 f"{self.tar}: the checksum of a sample is not the recorded one; "
                 "restore the shard or make the set again"
@@ -186,7 +185,7 @@ class Shard:
 
 def _check_map(path: str, mapped: mmap.mmap, xxh3: str) -> None:
     """Compare the checksum of a mapped file with the manifest's."""
-    if xxhash.xxh3_128_hexdigest(mapped) != xxh3:
+    if checksum(memoryview(mapped)) != xxh3:
         Cache().forget(path, xxh3)  # so that the next run downloads it again
         raise ValueError(
             f"{path}: its checksum is not the manifest's; restore it or make the set again"

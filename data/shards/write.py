@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from webdataset import TarWriter
 
 from data.files import (
     atomic_file,
     canonical,
-    checksum,
     digest,
+    file_checksum,
     file_digest,
     read_json,
     remove_leftovers,
+    sample_checksum,
     write_json,
 )
 from data.schema import find_difference, shorten
@@ -95,7 +95,7 @@ def _measure_member(path: Path, member: tarfile.TarInfo, data: memoryview) -> Sp
     blocks = -(-size // TAR_BLOCK)
     if start + blocks * TAR_BLOCK > len(data) - TAR_BLOCK:
         raise ValueError(f"{path}: truncated: no end of the archive follows {member.name}")
-    xxh3 = np.uint64(xxhash.xxh3_64_intdigest(data[start : start + size]))
+    xxh3 = np.uint64(sample_checksum(data[start : start + size]))
     return start, size, int(xxh3.view(np.int64))
 
 
@@ -109,8 +109,8 @@ def describe_shard(tar: Path, fields: list[str], offsets: np.ndarray) -> dict[st
         "bytes": tar.stat().st_size,
         "fields": fields,
         "sha256": file_digest(tar),
-        "xxh3": checksum(tar),
-        "offsets": checksum(tar.with_suffix(".npy")),
+        "xxh3": file_checksum(tar),
+        "offsets": file_checksum(tar.with_suffix(".npy")),
     }
 
 

@@ -56,8 +56,8 @@ def plot_quality(summary: dict[str, Any]) -> str:
     labels = {"fd": "Frechet distance", "accuracy": "accuracy on the requested class"}
     for axes, (key, label) in zip(figure.subplots(1, 2), labels.items()):
         # a line for each model
-        for name, by_steps in models_by_steps(summary):
-            rows = [row for _, row in by_steps if key in row]
+        for name, by_steps in models_by_steps(summary).items():
+            rows = [row for row in by_steps.values() if key in row]
             ticks = column(rows, "nfe")
             axes.plot(ticks, column(rows, key), "o-", label=name)
 
@@ -92,9 +92,9 @@ def plot_losses(logs: dict[str, list[dict[str, Any]]]) -> str:
 def plot_overview(run: Path, summary: dict[str, Any]) -> bytes:
     """Return samples of every model at its fewest and its most steps, as one PNG."""
     shown = []
-    for name, by_steps in models_by_steps(summary):
-        shown.append((name, by_steps[0][0]))
-        shown.append((name, by_steps[-1][0]))
+    for name, by_steps in models_by_steps(summary).items():
+        shown.append((name, min(by_steps)))
+        shown.append((name, max(by_steps)))
     figure = Figure(figsize=(11, 2.1), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, (name, steps) in zip(panels, shown):
@@ -112,9 +112,9 @@ def plot_overview(run: Path, summary: dict[str, Any]) -> bytes:
 def embed_grids(run: Path, summary: dict[str, Any]) -> dict[str, dict[str, str]]:
     """Return the sample grids of every model, by number of steps, as data URLs."""
     grids: dict[str, dict[str, str]] = {}
-    for name, by_steps in models_by_steps(summary):
+    for name, by_steps in models_by_steps(summary).items():
         grids[name] = {}
-        for steps, _ in by_steps:
+        for steps in by_steps:
             path = run / "evaluation" / name / f"samples-{steps}.png"
             grids[name][str(steps)] = embed(path.read_bytes())
     return grids
@@ -127,7 +127,8 @@ def report(run: Path) -> None:
 
     Args:
         run: folder that `rectify run` has filled, with evaluations, runs with their logs and
-            configurations, and perhaps an export.
+            configurations, perhaps an export, and perhaps the pipeline's file, pipeline.yaml,
+            whose targets are checked.
     """
     matplotlib.use("agg")
     summary = summarize(run)

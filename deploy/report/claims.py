@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import yaml
@@ -51,6 +51,14 @@ TOY_HEADING = "In the plane"
 Row = dict[str, Any]  # of the results, see `result_row`
 
 
+class TrainedMethod(NamedTuple):
+    """A method after some training."""
+
+    trained: int  # samples
+    evaluations: int  # its cost, with everything that it was made from
+    seeds: dict[str, dict[str, Any]]  # its evaluation.json, by seed
+
+
 def select(rows: list[Row], key: str, value: Any) -> list[Row]:
     """Return the rows with a value."""
     return [row for row in rows if row[key] == value]
@@ -79,16 +87,12 @@ def check_claims(content: Any, where: str) -> dict[str, Any]:
     return content["claims"]
 
 
-def read_method(run: Path, costs: Costs, method: str) -> dict[int, dict[str, Any]]:
+def read_method(run: Path, costs: Costs, method: str) -> dict[int, TrainedMethod]:
     """Return a method's evaluations by the number of steps that it was trained for.
 
     The evaluations are RUN/evaluation/METHOD/SEED/AT/evaluation.json, where AT may be any name.
-
-    Returns:
-        for each number of training steps: `trained`, on how many samples; `evaluations`, what it
-        cost; `seeds`, the evaluations by seed.
     """
-    by_step: dict[int, dict[str, Any]] = {}
+    by_step: dict[int, TrainedMethod] = {}
     for path in sorted((run / "evaluation" / method).glob("*/*/evaluation.json")):
         evaluation = read_checked(path, METHOD_SCHEMA)
         seed = path.parts[-3]
@@ -105,26 +109,26 @@ def read_method(run: Path, costs: Costs, method: str) -> dict[int, dict[str, Any
 
         if step not in by_step:
             cost = costs.total(run_name, step)
-            by_step[step] = {"trained": step * batch, "evaluations": cost, "seeds": {}}
-        by_step[step]["seeds"][seed] = evaluation
+            by_step[step] = TrainedMethod(step * batch, cost, {})
+        by_step[step].seeds[seed] = evaluation
     return by_step
 
 
 def select_seeds(
-    by_step: dict[int, dict[str, Any]], seeds: list[str] | None
-) -> dict[int, dict[str, Any]]:
+    by_step: dict[int, TrainedMethod], seeds: list[str] | None
+) -> dict[int, TrainedMethod]:
     """Return a method's evaluations of some seeds alone, or of all if `seeds` is None."""
     if seeds is None:
         return by_step
     selected = {}
     for step, entry in by_step.items():
-        kept = {seed: entry["seeds"][seed] for seed in seeds if seed in entry["seeds"]}
+        kept = {seed: entry.seeds[seed] for seed in seeds if seed in entry.seeds}
         if kept:
-            selected[step] = {**entry, "seeds": kept}
+            selected[step] = entry._replace(seeds=kept)
     return selected
 
 
-def result_row(claim: str, method: str, entry: dict[str, Any], steps: int) -> Row:
+def result_row(claim: str, method: str, entry: TrainedMethod, steps: int) -> Row:
     """Return a row of the results: a method at one length of training and one number of steps.
 
     Its measures are by seed. They are empty if it was not evaluated at that number of steps.
@@ -133,12 +137,12 @@ def result_row(claim: str, method: str, entry: dict[str, Any], steps: int) -> Ro
         "claim": claim,
         "method": method,
         "steps": steps,
-        "trained": entry["trained"],
-        "evaluations": entry["evaluations"],
+        "trained": entry.trained,
+        "evaluations": entry.evaluations,
     }
     for key in (*QUALITY_MEASURES, *TRAJECTORY_MEASURES):
         row[key] = {}
-    for seed, evaluation in entry["seeds"].items():
+    for seed, evaluation in entry.seeds.items():
         if str(steps) not in evaluation["steps"]:
             continue
         for key in QUALITY_MEASURES:
@@ -148,16 +152,18 @@ def result_row(claim: str, method: str, entry: dict[str, Any], steps: int) -> Ro
     return row
 
 
-def teacher_row(method: str, entry: dict[str, Any]) -> Row:
+def teacher_row(method: str, entry: TrainedMethod) -> Row:
     """Return the quality of a claim's teacher in its most steps, and the cost of its training."""
-    first = next(iter(entry["seeds"].values()))
+    first = next(iter(entry.seeds.values()))
     steps = max(map(int, first["steps"]))
     row = result_row("", method, entry, steps)
     kept = ("method", "steps", "evaluations", *QUALITY_MEASURES)
     return {key: row[key] for key in kept}
 
 
-def claim_rows(name: str, claim: dict[str, Any], methods: dict[str, Any]) -> list[Row]:
+def claim_rows(
+    name: str, claim: dict[str, Any], methods: dict[str, dict[int, TrainedMethod]]
+) -> list[Row]:
     """Return the rows of a claim: of all lengths of training if it has `trained`, else the last."""
     rows = []
     for method in claim["methods"]:
@@ -202,13 +208,13 @@ def gather(run: Path, claims: dict[str, Any]) -> dict[str, Any]:
     for claim in claims.values():
         names |= dict.fromkeys((claim["teacher"], *claim["methods"]))
     methods = {}
-    evaluations = []
+    evaluations: list[dict[str, Any]] = []
     for name in names:
         by_step = read_method(run, costs, name)
         if by_step:
             methods[name] = by_step
         for entry in by_step.values():
-            evaluations += entry["seeds"].values()
+            evaluations += entry.seeds.values()
     if not evaluations:
         raise FileNotFoundError(
             f"{run / 'evaluation'}: there is no METHOD/SEED/AT/evaluation.json of a claim's "
@@ -303,14 +309,14 @@ def costs_to_reach(limit: float, by_method: dict[str, list[Row]], teacher: Row) 
     def ratio(row: Row) -> float:
         return fd_ratio(row, teacher)
 
-    def cost_of(item: tuple[str, Row | None]) -> float:
-        return item[1]["evaluations"] if item[1] else math.inf
-
     single = {}
     first = {}
+    costs = {}
     for method, rows in by_method.items():
         single[method] = select(rows, "steps", 1)
-        first[method] = cheapest(single[method], ratio, limit)
+        row = cheapest(single[method], ratio, limit)
+        first[method] = row
+        costs[method] = row["evaluations"] if row else math.inf
 
     lines = [
         f"Evaluations until the FD in one step is at most {limit} times the teacher's in "
@@ -318,7 +324,8 @@ def costs_to_reach(limit: float, by_method: dict[str, list[Row]], teacher: Row) 
         "and the ratio at the end of training:",
         "",
     ]
-    for method, row in sorted(first.items(), key=cost_of):
+    for method in sorted(first, key=costs.__getitem__):
+        row = first[method]
         text = format_cost(row, teacher) if row else "never"
         if single[method]:
             text += f", {ratio(single[method][-1]):.2f} at the end"
@@ -457,10 +464,15 @@ def plot(claims: dict[str, Any], results: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def page_parts(
-    claims: dict[str, Any], results: dict[str, Any], text: str
-) -> dict[str, tuple[str, str]]:
-    """Return the parts of the page: by name, a heading and the text below it.
+class PagePart(NamedTuple):
+    """A part of the page."""
+
+    heading: str
+    text: str  # below the heading
+
+
+def page_parts(claims: dict[str, Any], results: dict[str, Any], text: str) -> dict[str, PagePart]:
+    """Return the parts of the page, by name.
 
     There is one for each claim, and one for the toy benchmark if it was run. If it was not, but
     the page has that part, the part names the command that runs it.
@@ -468,12 +480,12 @@ def page_parts(
     parts = {}
     for name, claim in claims.items():
         heading = f"{name}. {claim['title']}"
-        parts[f"claim {name}"] = (heading, markdown(name, claim, results))
+        parts[f"claim {name}"] = PagePart(heading, markdown(name, claim, results))
     if "plane" in results:
-        parts["plane"] = (TOY_HEADING, benchmark.markdown(results["plane"]))
+        parts["plane"] = PagePart(TOY_HEADING, benchmark.markdown(results["plane"]))
     elif BEGIN.format("plane") in text:
         advice = "Not measured yet: `rectify toy benchmark --out RUN/plane`."
-        parts["plane"] = (TOY_HEADING, advice)
+        parts["plane"] = PagePart(TOY_HEADING, advice)
     return parts
 
 
@@ -500,9 +512,9 @@ def report_claims(run: Path, claims: Path, out: Path) -> None:
 
     # write them
     text = out.read_text() if out.exists() else ""
-    for name, (heading, part) in page_parts(by_name, results, text).items():
-        text = replace_part(text, name, part, out, f"## {heading}")
-        print(f"{heading}\n\n{part}\n")
+    for name, part in page_parts(by_name, results, text).items():
+        text = replace_part(text, name, part.text, out, f"## {part.heading}")
+        print(f"{part.heading}\n\n{part.text}\n")
     write_json(out.with_suffix(".json"), results)
     with atomic_file(out.with_suffix(".png")) as file:
         file.write(plot(by_name, results))

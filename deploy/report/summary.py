@@ -9,7 +9,8 @@ import yaml
 
 from data.files import errors_named, read_json
 from data.schema import COUNT, NAME, NUMBER, SHA256, check_schema
-from trainer.callbacks.metrics_log import read_log
+from deploy.targets import PIPELINE_RECORD, compare_with_targets, read_targets
+from trainer.run_log import read_log
 
 STEPS_SCHEMA = {"fd": float, "nfe": COUNT, "recall": float, "precision": float}
 EVALUATION_SCHEMA = {
@@ -49,11 +50,12 @@ def read_stages(out: Path) -> dict[str, dict[str, Any]]:
 def summarize(out: Path) -> dict[str, Any]:
     """Return the summary of a pipeline's folder.
 
-    It has the floors, an entry for each evaluated model, the export's differences, the costs, and
-    the seconds of the stages.
+    It has the floors, an entry for each evaluated model, the export's differences, the costs, the
+    seconds of the stages, and the targets of the pipeline if it has any.
 
     Raises:
         FileNotFoundError: nothing was evaluated.
+        ValueError: a result is damaged, or a target names what the summary does not have.
     """
     # read the evaluations
     paths = sorted((out / "evaluation").glob("*/evaluation.json"))
@@ -115,8 +117,12 @@ def summarize(out: Path) -> dict[str, Any]:
     summary["seconds"] = {}
     for name, stage in read_stages(out).items():
         summary["seconds"][name] = stage["seconds"]
-    if {"teacher", "student"} <= evaluations.keys():
-        summary["targets"] = check_targets(summary["teacher"], summary["student"], summary["cost"])
+
+    # the targets
+    targets = read_targets(out)
+    if targets:
+        where = f"{out / PIPELINE_RECORD}: targets"
+        summary["targets"] = compare_with_targets(summary, targets, where)
     return summary
 
 
@@ -184,54 +190,13 @@ def sum_costs(out: Path) -> dict[str, Any]:
     return {"evaluations": stages, "total": sum(stages.values())}
 
 
-def models_by_steps(summary: dict[str, Any]) -> list[tuple[str, list[tuple[int, dict[str, Any]]]]]:
+def models_by_steps(summary: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
     """Return every evaluated model, the teacher first, with its figures by rising steps."""
-    names = sorted(summary["first_orderness"], key=lambda name: (name != "teacher", name))
-    models = []
-    for name in names:
-        rows = sorted((int(steps), row) for steps, row in summary[name].items())
-        models.append((name, rows))
+    models = {}
+    for name in sorted(summary["first_orderness"], key=lambda name: (name != "teacher", name)):
+        by_steps = summary[name]
+        models[name] = {int(steps): by_steps[steps] for steps in sorted(by_steps, key=int)}
     return models
-
-
-def check_targets(
-    teacher: dict[str, Any], student: dict[str, Any], cost: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the targets of rectification, each with its value, its bound and whether it is met.
-
-    They compare the student in few steps with the teacher in few and in many, and their costs.
-    """
-    few = teacher.get("1")
-    many = teacher[max(teacher, key=int)]
-    one = student.get("1")
-    four = student.get("4")
-    if not (few and one) or few == many:
-        return {}
-    targets: dict[str, Any] = {}
-
-    def at_most(name: str, value: float, bound: float) -> None:
-        targets[name] = {"value": value, "met": value <= bound, "at_most": bound}
-
-    def at_least(name: str, value: float, bound: float) -> None:
-        targets[name] = {"value": value, "met": value >= bound, "at_least": bound}
-
-    # quality
-    if few["fd"] > many["fd"] > 0:
-        at_most("gap_left", (one["fd"] - many["fd"]) / (few["fd"] - many["fd"]), 0.05)
-        at_most("fd_ratio", one["fd"] / many["fd"], 1.2)
-        if four:
-            at_most("fd_ratio_4", four["fd"] / many["fd"], 1.1)
-    if "accuracy" in one:
-        at_least("accuracy_gain", one["accuracy"] - many["accuracy"], -0.005)
-    if many["recall"] > 0:
-        at_least("recall_ratio", one["recall"] / many["recall"], 0.9)
-
-    # cost, of these stages alone: the folder may hold runs of other methods
-    stages = cost["evaluations"]
-    if stages.get("teacher") and "student" in stages:
-        spent = stages.get("pairs", 0) + stages["student"]
-        at_most("cost_ratio", spent / stages["teacher"], 2.0)
-    return targets
 
 
 def join_values(values: dict[str, float], pattern: str) -> str:
@@ -244,8 +209,8 @@ def format_summary(summary: dict[str, Any]) -> str:
     # the table
     header = f"{'model':10}{'steps':>6}{'NFE':>6}{'FD':>10}{'accuracy':>10}{'recall':>9}"
     lines = [f"{header}{'precision':>11}"]
-    for name, rows in models_by_steps(summary):
-        for steps, row in rows:
+    for name, by_steps in models_by_steps(summary).items():
+        for steps, row in by_steps.items():
             accuracy = f"{row['accuracy']:.4f}" if "accuracy" in row else "-"
             lines.append(
                 f"{name:10}{steps:>6}{row['nfe']:>6}{row['fd']:>10.4f}{accuracy:>10}"

@@ -1,19 +1,25 @@
 """Our DiT as diffusers' DiTTransformer2DModel: the same function."""
 
-from diffusers import DiTTransformer2DModel
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from models.nets.dit import DiT
 
+if TYPE_CHECKING:
+    from diffusers import DiTTransformer2DModel  # slow to import
+
 NO_CLASS = 1000  # DiTPipeline's label for "no class"
 
 
-def to_diffusers_dit(net: DiT) -> DiTTransformer2DModel:
+def to_diffusers_dit(net: DiT) -> "DiTTransformer2DModel":
     """Return our DiT as diffusers' class, with one embedder per block and 1,001 labels.
 
     Raises:
         ValueError: it has more classes than DiTPipeline.
     """
+    from diffusers import DiTTransformer2DModel
+
     if net.classes > NO_CLASS:
         raise ValueError(
             f"export: the network has {net.classes} classes; DiTPipeline has at most {NO_CLASS}"

@@ -75,9 +75,7 @@ class Pretrained(Net):
         if lora:
             self._add_adapters()
 
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The network's blocks: the units that are sharded, compiled and recomputed."""
+    def list_blocks(self) -> list[nn.Module]:
         return self.architecture.blocks()
 
     def train(self, mode: bool = True) -> "Pretrained":

@@ -1,6 +1,5 @@
 """Texts as conditions: prompts, encoded by a diffusers pipeline's frozen text encoders."""
 
-import hashlib
 import inspect
 import json
 import logging
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.files import digest
 from models.condition import Condition
 
 ENCODER_PARTS = ("tokenizer", "text_encoder")  # how the names of a pipeline's encoders begin
@@ -247,7 +247,7 @@ class Prompts(Condition):
     @property
     def digest(self) -> str:
         """A sha256 of the prompts, which a pair set records."""
-        return hashlib.sha256("\n".join(self.lines).encode()).hexdigest()
+        return digest("\n".join(self.lines).encode())
 
     @property
     def pipe(self) -> Any:

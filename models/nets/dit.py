@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
 from models.nets import Net
@@ -63,6 +62,8 @@ class DiT(Net):
             is 1.
     """
 
+    classes: int
+
     def __init__(
         self,
         size: int = 8,
@@ -90,6 +91,8 @@ class DiT(Net):
         self.time_input = ScaledTime(1000.0)
         # patches and their positions
         self.embed = nn.Conv2d(channels, width, patch, patch)
+        from diffusers.models.embeddings import get_2d_sincos_pos_embed  # slow to import
+
         side = size // patch
         grid = get_2d_sincos_pos_embed(width, side, base_size=side, output_type="pt")
         self.register_buffer("position", grid.float(), persistent=False)
@@ -140,6 +143,9 @@ class DiT(Net):
             excess = torch.zeros_like(time) if guidance is None else 100 * (guidance - 1)
             embedding = embedding + self.guidance_embedder(excess)
         return embedding
+
+    def list_blocks(self) -> list[nn.Module]:
+        return list(self.blocks)
 
     def forward(
         self,

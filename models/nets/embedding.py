@@ -1,7 +1,6 @@
 """Embeddings of numbers: the time, a second time, a guidance scale."""
 
 import torch.nn.functional as F
-from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 FREQUENCIES = 256  # channels of the sinusoidal embedding, as in DiT's code and in diffusers
@@ -9,6 +8,8 @@ FREQUENCIES = 256  # channels of the sinusoidal embedding, as in DiT's code and 
 
 def sinusoidal_embedding(number: Tensor) -> Tensor:
     """Return cosines and sines of numbers (B,), shape (B, FREQUENCIES)."""
+    from diffusers.models.embeddings import get_timestep_embedding  # slow to import
+
     return get_timestep_embedding(number, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=1)
 
 

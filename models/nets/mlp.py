@@ -38,14 +38,16 @@ class MLP(Net):
         dimensions = channels * size**2
         features = (1 + 2 * len(STATE_FREQUENCIES)) * dimensions + TIME_WAVES
         layers: list[nn.Module] = []
+        hidden = []
         for inputs, outputs in pairwise([features, *[width] * depth]):
-            layers += [nn.Linear(inputs, outputs), nn.SiLU()]
+            hidden.append(nn.Linear(inputs, outputs))
+            layers += [hidden[-1], nn.SiLU()]
         self.layers = nn.Sequential(*layers)
         self.out = nn.Linear(width, dimensions)
         # initialisation
-        for layer in layers[::2]:
-            nn.init.kaiming_normal_(layer.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        for layer in hidden:
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 

@@ -47,12 +47,10 @@ class UnitVariance(Net):
         self.time_input = ScaledTime(1.0)
         self.channels = net.channels
         self.size = net.size
-        self.classes = getattr(net, "classes", None)
+        self.classes = net.classes
 
-    @property
-    def blocks(self) -> nn.Module:
-        """The network's own blocks."""
-        return getattr(self.net, "blocks", nn.ModuleList())
+    def list_blocks(self) -> list[nn.Module]:
+        return self.net.list_blocks()
 
     def forward(self, x_t: Tensor, time: Tensor, cond: Tensor | None = None) -> Tensor:
         alpha, sigma = self.interpolant(time)

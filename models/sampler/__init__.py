@@ -1,9 +1,10 @@
 """Samplers integrate t from 1 (noise) to 0 (data), or back.
 
-Of a denoiser they need its call and its attribute `interpolant`.
+Of a denoiser they need what `DenoiserLike` names.
 """
 
-from models.sampler.base import DenoiserLike, NoiseSource, Sampler, Trajectory, cost
+from models.denoiser import DenoiserLike
+from models.sampler.base import NoiseSource, Sampler, Trajectory
 from models.sampler.ddim import DDIM, Ancestral
 from models.sampler.grids import (
     karras,
@@ -41,7 +42,6 @@ __all__ = [
     "RungeKutta4",
     "Sampler",
     "Trajectory",
-    "cost",
     "window_edges",
     "karras",
     "shifted",

@@ -7,19 +7,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from models.denoiser import DenoiserLike, cost, is_two_time
 from models.interpolant import Interpolant, Linear, expand
 from models.prediction import Velocity
 
-# Called as denoiser(x_t, t, cond), with an attribute `interpolant`; it may be analytic.
-DenoiserLike = Callable[..., tuple[Tensor, Tensor]]
 # The noise of the steps 0, 1, ...: a generator, or a function that returns (B, C, H, W).
 NoiseSource = torch.Generator | Callable[[int], Tensor]
-
-
-def cost(denoiser: DenoiserLike, t: Tensor) -> int:
-    """Return the network evaluations per sample of one call at t, by default 1."""
-    evaluations = getattr(denoiser, "evaluations", None)
-    return 1 if evaluations is None else evaluations(t)
 
 
 class Trajectory:
@@ -47,7 +40,7 @@ class Trajectory:
     @property
     def interpolant(self) -> Interpolant:
         """The denoiser's interpolant."""
-        return self.denoiser.interpolant  # type: ignore[attr-defined]
+        return self.denoiser.interpolant
 
     def __call__(self, x_t: Tensor, t: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the denoiser's (x_hat, eps_hat) and count its cost.
@@ -58,9 +51,9 @@ class Trajectory:
             s: time of a jump, passed to denoisers that take a second time.
         """
         self.nfe += cost(self.denoiser, t)
-        if s is None or not getattr(self.denoiser, "two_time", False):
-            return self.denoiser(x_t, t, self.cond)
-        return self.denoiser(x_t, t, self.cond, s)
+        if s is not None and is_two_time(self.denoiser):
+            return self.denoiser(x_t, t, self.cond, s)
+        return self.denoiser(x_t, t, self.cond)
 
     def velocity(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return u(x_t, t) of the probability-flow ODE dx/dt = u."""
@@ -217,9 +210,8 @@ class Sampler(ABC):
         Raises:
             ValueError: the states are not finite, or a stochastic sampler got no noise.
         """
-        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
         first = eps.new_tensor(self.times[0])
-        start = interpolant.mix(torch.zeros_like(eps), eps, first)
+        start = denoiser.interpolant.mix(torch.zeros_like(eps), eps, first)
         return self.integrate(denoiser, start, cond, noise)[-1]
 
     @torch.no_grad()
@@ -237,8 +229,7 @@ class Sampler(ABC):
         states = self._take_steps(times, Trajectory(denoiser, cond), x)
         self._check_finite(states, times)
         end = states[-1]
-        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
-        _, sigma = interpolant(end.new_tensor(times[-1]))
+        _, sigma = denoiser.interpolant(end.new_tensor(times[-1]))
         return end / expand(sigma, end)
 
     def _check_finite(self, states: list[Tensor], times: list[float]) -> None:
@@ -265,8 +256,12 @@ class _CountedDenoiser:
     """Returns zeros at the cost of another denoiser, to count evaluations without making any."""
 
     def __init__(self, denoiser: DenoiserLike | None):
+        self.denoiser = denoiser
         self.interpolant = Linear()
-        self.evaluations = getattr(denoiser, "evaluations", None)
 
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+    def evaluations(self, t: Tensor) -> int:
+        """Return the other denoiser's network evaluations of one call at t, per sample."""
+        return cost(self.denoiser, t)
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(x_t), torch.zeros_like(x_t)

@@ -3,7 +3,8 @@
 Song et al. 2020 (arXiv 2011.13456), eq. 13.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from models.interpolant import expand
 from models.sampler.base import DenoiserLike, Sampler, Trajectory
 
+State = TypeVar("State", Tensor, tuple[Tensor, Tensor])
 ALPHA_TOLERANCE = 1e-4  # alphas below it count as 0, which cos(pi / 2) is not exactly
 
 
@@ -103,6 +105,48 @@ class DPMSolver2M(Sampler):
         return expand(sigma_s / sigma_t, x_t) * x_t + expand(weight, x_t) * d
 
 
+def dormand_prince(
+    f: Callable[[Tensor, State], State],
+    y: State,
+    times: Tensor,
+    rtol: float,
+    atol: float,
+    failure: str,
+    max_steps: int = 2**31 - 1,
+) -> State:
+    """Solve dy/dt = f(t, y) by torchdiffeq's dopri5, with one step size for the whole batch.
+
+    Args:
+        f: the derivative; it is evaluated only between both times.
+        y: the state at the first time, a tensor or a tuple of tensors.
+        times: first and last, in either order, (2,).
+        rtol: relative tolerance of a step.
+        atol: absolute tolerance of a step.
+        failure: message of the error if there is no solution.
+        max_steps: number of steps after which it gives up.
+
+    Returns:
+        The states at both times, stacked.
+
+    Raises:
+        ValueError: no step meets the tolerances, or too many are needed.
+    """
+    from torchdiffeq import odeint  # slow to import: it imports scipy
+
+    low = times.min()
+    high = times.max()
+
+    def derivative(t: Tensor, y: State) -> State:
+        return f(t.clamp(low, high), y)  # the first trial step may overshoot
+
+    # step_t: stop exactly at the end; otherwise it oversteps and interpolates
+    options = {"max_num_steps": max_steps, "step_t": times[1:]}
+    try:
+        return odeint(derivative, y, times, rtol=rtol, atol=atol, method="dopri5", options=options)
+    except AssertionError as error:  # torchdiffeq's way to give up
+        raise ValueError(f"{failure} ({error})") from None
+
+
 class DormandPrince(Sampler):
     """Fifth order with adaptive steps: the Dormand-Prince method on u, by torchdiffeq.
 
@@ -142,35 +186,19 @@ class DormandPrince(Sampler):
         self._last: Trajectory | None = None
 
     def step(self, trajectory: Trajectory, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        from torchdiffeq import odeint  # slow to import: it imports scipy
-
         self._last = trajectory
         if not x_t.isfinite().all():
             return x_t  # torchdiffeq would fail with an assertion; `integrate` names the state
-        low = torch.minimum(t, s)[0]
-        high = torch.maximum(t, s)[0]
 
         def velocity(time: Tensor, x: Tensor) -> Tensor:
-            time = time.clamp(low, high)  # the first trial step may overshoot
             return trajectory.velocity(x, time.to(t).expand(len(x)))
 
         ends = torch.stack([t[0], s[0]]).double()
-        try:
-            states = odeint(
-                velocity,
-                x_t,
-                ends,
-                rtol=self.rtol,
-                atol=self.atol,
-                method="dopri5",
-                options={"step_t": ends[1:]},  # stop there instead of overstepping
-            )
-        except AssertionError as error:
-            raise ValueError(
-                f"DormandPrince: no step after t = {t[0]:.6g} meets rtol {self.rtol}, "
-                f"atol {self.atol}; raise them ({error})"
-            ) from None
-        return states[-1]
+        failure = (
+            f"DormandPrince: no step after t = {t[0]:.6g} meets rtol {self.rtol}, "
+            f"atol {self.atol}; raise them"
+        )
+        return dormand_prince(velocity, x_t, ends, self.rtol, self.atol, failure)[-1]
 
     def final_step(self, trajectory: Trajectory, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         end = torch.full_like(t, self.end)

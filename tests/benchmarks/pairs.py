@@ -49,7 +49,7 @@ class Loop:
         draws = StepRandom(batch)
         self.optimizer.zero_grad()
         noise = couple_noise(batch, draws, batch.x)
-        self.objective(self.denoiser, batch.x, noise, batch.condition, draws).backward()
+        self.objective(self.denoiser, batch.x, noise, batch.condition, draws).total.backward()
         self.optimizer.step()
         self.seconds.append(time.perf_counter() - began)
 

@@ -5,7 +5,7 @@
 The bare loop has the same network, data and random draws. Within one run, the Trainer, the bare
 loop and a second bare loop (the control: its ratio must be 1.00) take turns step by step. Prints
 the median of bare / Trainer with its 95 % interval (bootstrap over steps), and the time of an EMA
-of three profiles. Not a CI check.
+of three profiles: first of Lightning's own loop, then with `--fast_loop`. Not a CI check.
 """
 
 import copy
@@ -30,6 +30,7 @@ from trainer.step_random import StepRandom
 
 WARM_UP = 20  # steps that are not counted
 SECONDS: dict[str, list[float]] = {}  # of every step, by the name of what was timed
+LOOPS = {"lightning": "false", "fast": "true"}  # name: --fast_loop
 RUNS = (  # width, depth, batch, steps: about 10 and 80 ms a step
     (64, 1, 10, 1000),
     (64, 4, 42, 400),
@@ -51,7 +52,7 @@ class BareLoop:
         draws = StepRandom(batch)
         self.optimizer.zero_grad()
         noise = couple_noise(batch, draws, batch.x)
-        self.objective(self.denoiser, batch.x, noise, None, draws).backward()
+        self.objective(self.denoiser, batch.x, noise, None, draws).total.backward()
         torch.nn.utils.clip_grad_norm_(self.denoiser.parameters(), 1.0)
         self.optimizer.step()
 
@@ -102,7 +103,6 @@ def make_config(folder: Path, width: int, depth: int, batch: int, steps: int) ->
     denoiser = spec("Denoiser", net=net, interpolant="Linear", prediction="Velocity")
     source = spec("Images", path=str(folder / "digits/train"))
     return {
-        "out": str(folder / f"run-{batch}"),
         "model": spec("Generator", denoiser=denoiser),
         "data": {"source": source, "batch": batch},
         "optimizer": spec("AdamW", lr=1e-4),
@@ -125,7 +125,7 @@ def format_ratio(over: list[float], under: list[float]) -> str:
 
 
 def main() -> None:
-    """Train and print a line for each run."""
+    """Train with both loops, and print a line for each run."""
     # The configuration imports this module by its name; run as `__main__`, it exists twice.
     from tests.benchmarks import step
 
@@ -137,16 +137,18 @@ def main() -> None:
             path = folder / "run.yaml"
             config = make_config(folder, width, depth, batch, steps)
             path.write_text(yaml.safe_dump(config))
-            fit(["--config", str(path)])
-            print_ratios(step.SECONDS)
+            for loop, switch in LOOPS.items():
+                out = folder / f"{loop}-{batch}"
+                fit(["--config", str(path), "--out", str(out), "--fast_loop", switch])
+                print_ratios(loop, step.SECONDS)
 
 
-def print_ratios(seconds: dict[str, list[float]]) -> None:
-    """Print the ratios of one run."""
+def print_ratios(loop: str, seconds: dict[str, list[float]]) -> None:
+    """Print the ratios of a run with a loop."""
     bare = seconds["bare"]
     milliseconds = 1000 * np.median(bare[WARM_UP:])
     print(
-        f"{milliseconds:.1f} ms a step: "
+        f"{loop} loop, {milliseconds:.1f} ms a step: "
         f"bare / Trainer {format_ratio(bare, seconds['trainer'])}, "
         f"bare / bare {format_ratio(bare, seconds['control'])}, "
         f"EMA / bare {format_ratio(seconds['ema'], bare)}"

@@ -1,5 +1,7 @@
 """Mixed sources: exact shares, no gaps, and noise only for samples of pairs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -46,8 +48,7 @@ def test_the_sequence_does_not_depend_on_how_it_is_split():
 
 def test_only_pairs_bring_their_noise():
     mixed = Mixed([CountingSource(1, paired=True), CountingSource(-1)], [1, 1])
-    batch = mixed.take(0, 2, 64)
-    batch.size = 64
+    batch = replace(mixed.take(0, 2, 64), size=64)
     eps = couple_noise(batch, StepRandom(batch), batch.x)
     independent = StepRandom(batch).noise(batch.x)
     assert batch.paired.sum() == 32

@@ -14,7 +14,7 @@ import webdataset
 from data.files import read_json, write_json
 from data.noise import noise
 from data.pairs import Pairs, PairSet, PairWriter
-from data.shards import Order, ShardReader, ShardWriter, array_to_npy, npy_to_array, order
+from data.shards import Order, ShardReader, ShardWriter, array_to_npy, npy_to_array
 from tests.helpers.refusals import refused
 
 
@@ -231,30 +231,28 @@ def test_pickled_arrays_are_never_loaded():
 
 @pytest.mark.parametrize("counts", [[10], [7, 3, 9, 1], [5] * 40])
 def test_every_epoch_holds_every_sample_once_in_another_order(counts):
-    manifest = {"shards": [{"count": count} for count in counts]}
     total = sum(counts)
-    first = order(manifest, 3, 0, 0, total).tolist()
-    second = order(manifest, 3, 1, 0, total).tolist()
+    endless = Order(counts, 3)
+    first = endless.indices(0, total).tolist()
+    second = endless.indices(total, total).tolist()
     assert sorted(first) == list(range(total))
     assert sorted(second) == list(range(total))
     assert first != second
 
 
 def test_the_order_does_not_depend_on_how_it_is_split():
-    manifest = {"shards": [{"count": count} for count in [5] * 40]}
-    whole = order(manifest, 0, 0, 0, 500)
+    whole = Order([5] * 40, 0).indices(0, 500)
     parts = []
     position = 0
     for size in (1, 99, 150, 1, 249):
-        parts.append(order(manifest, 0, position // 200, position % 200, size))
+        parts.append(Order([5] * 40, 0).indices(position, size))
         position += size
     assert np.array_equal(np.concatenate(parts), whole)
 
 
 def test_another_seed_is_another_order():
-    manifest = {"shards": [{"count": count} for count in [5] * 40]}
-    first = order(manifest, 0, 0, 0, 500).tolist()
-    second = order(manifest, 1, 0, 0, 500).tolist()
+    first = Order([5] * 40, 0).indices(0, 500).tolist()
+    second = Order([5] * 40, 1).indices(0, 500).tolist()
     assert first != second
 
 
@@ -334,6 +332,12 @@ def test_pairs_hold_no_pickle(tmp_path):
         assert fields == {"npy", "cls"}
 
 
+def far_batch(reader):
+    """Return the indices of 512 samples in the eighth epoch of 10^8 samples."""
+    counts = [shard["count"] for shard in reader.manifest["shards"]]
+    return Order(counts, 3).indices(798_765_432, 512)
+
+
 def test_a_set_of_a_hundred_million_samples_opens_at_once(tmp_path):
     """Manifest, order and a batch at any position take less than 2 s and 100 MB."""
     # Write a set with a full manifest and empty tars.
@@ -354,12 +358,12 @@ def test_a_set_of_a_hundred_million_samples_opens_at_once(tmp_path):
     # Measure the time of this process: other processes change the wall clock's. Tracing is slow.
     began = time.process_time()
     reader = ShardReader(tmp_path)
-    indices = order(reader.manifest, 3, 7, 98_765_432, 512)
+    indices = far_batch(reader)
     seconds = time.process_time() - began
 
     # Measure the memory, traced, in a second run.
     tracemalloc.start()
-    order(ShardReader(tmp_path).manifest, 3, 7, 98_765_432, 512)
+    far_batch(ShardReader(tmp_path))
     memory = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 

@@ -19,7 +19,7 @@ from trainer.toy import benchmark, train
 
 PIPELINE = REPOSITORY / "configs/claims/pipeline.yaml"
 CLAIMS = yaml.safe_load((REPOSITORY / "configs/claims/claims.yaml").read_text())["claims"]
-STAGES = load(PIPELINE)["stages"]
+STAGES = load(PIPELINE).stages
 SEEDS = {"0", "1", "2"}
 
 

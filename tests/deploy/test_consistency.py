@@ -1,19 +1,19 @@
 """Consistency and progressive distillation, trained by their configs on the demo's artefacts."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from models.checkpoint import newest_checkpoint, read_checkpoint
 from tests.helpers.refusals import assert_refused
-from tests.helpers.training import fit_words, losses, train
+from tests.helpers.training import fit_words, losses, read_config, study_config, train
 
 OBJECTIVE = "--model.objective.init_args"
 SHORT = ("--data.batch", "32", "--metrics.every", "1")
-CONSISTENCY = Path("configs/digits/consistency.yaml")
-PROGRESSIVE = Path("configs/digits/progressive.yaml")
+CONSISTENCY = study_config("digits", "consistency")
+PROGRESSIVE = study_config("digits", "progressive")
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +22,9 @@ def inside_workspace(workspace, monkeypatch):
     monkeypatch.chdir(workspace.path)
 
 
-def without_teacher(config: Path) -> dict:
+def without_teacher(config: tuple[Path, ...]) -> dict[str, Any]:
     """Return a configuration's content without the objective's teacher."""
-    content = yaml.safe_load(config.read_text())
+    content = read_config(config)
     del content["model"]["init_args"]["objective"]["init_args"]["teacher"]
     return content
 

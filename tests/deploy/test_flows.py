@@ -4,15 +4,14 @@ import pytest
 import torch
 
 from models import normalizing_flow as flows
-from tests.helpers.commands import REPOSITORY
-from tests.helpers.training import losses, train
+from tests.helpers.training import losses, study_config, train
 
 SHORT = ("--data.batch", "32", "--metrics.every", "1")
 SMALL = ("--model.flow.width", "16", "--model.flow.depth", "1")
 ROUGH = ("--model.flow.tolerance", "0.01")
 ESTIMATED = ("--model.flow.estimate", "true", *ROUGH)
-SPLINE = REPOSITORY / "configs/flows/spline.yaml"
-CONTINUOUS = REPOSITORY / "configs/flows/continuous.yaml"
+SPLINE = study_config("flows", "spline")
+CONTINUOUS = study_config("flows", "continuous")
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,11 @@ from models.prediction import Velocity
 from tests.helpers.commands import REPOSITORY, succeed
 from tests.helpers.refusals import assert_refused
 from tests.helpers.teachers import save_teacher, save_weights
-from tests.helpers.training import fit_words, train
+from tests.helpers.training import fit_words, study_config, train
 from trainer.jobs.likelihood import format_table, training_seconds
 
-CONFIGS = REPOSITORY / "configs/flows"
+SPLINE = study_config("flows", "spline")
+PIPELINE = REPOSITORY / "configs/flows/pipeline.yaml"
 SHORT = ("--data.batch", "32", "--metrics.every", "1")
 
 
@@ -41,9 +42,9 @@ def runs(tmp_path_factory):
     """Return a folder of runs on the plane, each after two steps."""
     folder = tmp_path_factory.mktemp("runs")
     small = ("--model.flow.width", "16", "--model.flow.depth", "1")
-    train(CONFIGS / "spline.yaml", folder / "spline", *SHORT, steps=2)
-    train(CONFIGS / "continuous.yaml", folder / "continuous", *SHORT, *small, steps=2)
-    train(CONFIGS / "matching.yaml", folder / "matching", *SHORT, steps=2)
+    train(SPLINE, folder / "spline", *SHORT, steps=2)
+    train(study_config("flows", "continuous"), folder / "continuous", *SHORT, *small, steps=2)
+    train(study_config("flows", "matching"), folder / "matching", *SHORT, steps=2)
     return folder
 
 
@@ -192,20 +193,20 @@ def test_bad_input_is_refused(more_runs, tmp_path, capfd, run, words, named):
 def test_training_on_data_without_a_density_is_refused(tmp_path, capfd):
     pack(tmp_path / "images", size=8)
     images = ("--data.source", "Images", "--data.source.path", tmp_path / "images/train")
-    command = fit_words(CONFIGS / "spline.yaml", tmp_path / "run", *SHORT, *images, steps=2)
+    command = fit_words(SPLINE, tmp_path / "run", *SHORT, *images, steps=2)
     assert_refused(capfd, command, "data", "Images", "Dequantised")
 
 
 def test_training_on_data_of_another_shape_is_refused(tmp_path, capfd):
     channels = ("--model.flow.channels", "3")
-    command = fit_words(CONFIGS / "spline.yaml", tmp_path / "run", *SHORT, *channels, steps=2)
+    command = fit_words(SPLINE, tmp_path / "run", *SHORT, *channels, steps=2)
     assert_refused(capfd, command, "data", "(2, 1, 1)", "(3, 1, 1)")
 
 
 def test_a_run_of_another_flow_is_not_resumed(tmp_path, capfd):
-    run = train(CONFIGS / "spline.yaml", tmp_path / "run", *SHORT, steps=2)
+    run = train(SPLINE, tmp_path / "run", *SHORT, steps=2)
     bins = ("--model.flow.bins", "4")
-    assert_refused(capfd, fit_words(CONFIGS / "spline.yaml", run, *SHORT, *bins), run, "bins")
+    assert_refused(capfd, fit_words(SPLINE, run, *SHORT, *bins), run, "bins")
 
 
 def of_the_plane(stage: dict[str, Any]) -> bool:
@@ -215,7 +216,7 @@ def of_the_plane(stage: dict[str, Any]) -> bool:
 
 def test_the_smoke_run_measures_the_digits(tmp_path, capsys):
     """The digits' stages run in this process, with the words of the configuration."""
-    for stage in load(CONFIGS / "pipeline.yaml")["stages"]:
+    for stage in load(PIPELINE).stages:
         if not of_the_plane(stage):
             succeed(*command(stage, tmp_path, smoke=True))
     rows = json.loads((tmp_path / "digits/likelihood.json").read_text())["runs"]
@@ -225,6 +226,6 @@ def test_the_smoke_run_measures_the_digits(tmp_path, capsys):
 
 
 def test_the_pipeline_measures_every_run_on_the_plane():
-    stages = [stage for stage in load(CONFIGS / "pipeline.yaml")["stages"] if of_the_plane(stage)]
+    stages = [stage for stage in load(PIPELINE).stages if of_the_plane(stage)]
     *fits, last = stages
     assert [stage["fit"]["out"] for stage in fits] == last["likelihood"]["run"]

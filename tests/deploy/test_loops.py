@@ -1,8 +1,11 @@
 """Loops over a pipeline's stages."""
 
+import subprocess
+import sys
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import yaml
 
 from data.files import read_json
 from deploy.run import command, load, run, unroll
+from tests.helpers.commands import REPOSITORY
 from tests.helpers.refusals import refused
 
 VARIANTS = {
@@ -70,6 +74,19 @@ def test_a_verb_of_two_words_is_two_words_of_the_command(tmp_path):
     ]
 
 
+def test_files_of_a_configuration_come_first_and_win_over_no_option(tmp_path):
+    options = {"out": "{out}/x", "config": ["base.yaml", "{out}/more.yaml"], "steps": [1, 2]}
+    assert command({"name": "a", "fit": options}, tmp_path, smoke=False) == [
+        *("fit", "--config", "base.yaml", "--config", f"{tmp_path}/more.yaml"),
+        *("--out", f"{tmp_path}/x", "--steps", "[1, 2]"),
+    ]
+
+
+def test_one_file_of_a_configuration_is_one_word(tmp_path):
+    words = command({"name": "a", "fit": {"config": "x.yaml"}}, tmp_path, smoke=False)
+    assert words == ["fit", "--config", "x.yaml"]
+
+
 @pytest.mark.parametrize("smoke", [False, True])
 def test_a_stage_without_loops_is_unchanged(smoke):
     stage = {"name": "pack", "pack": {"out": "{out}/x", "size": 3}}
@@ -120,6 +137,51 @@ def test_finished_stages_of_a_loop_are_skipped(finished, capfd):
     err = capfd.readouterr().err
     for name in ("pack-8", "pack-9", "last"):
         assert f"{name}: finished" in err
+
+
+def test_the_pipelines_file_is_copied_into_the_folder(finished):
+    config, out, _ = finished
+    assert (out / "pipeline.yaml").read_bytes() == config.read_bytes()
+
+
+def test_a_refused_pipeline_leaves_the_copy_of_the_one_that_ran(finished, tmp_path):
+    config, out, _ = finished
+    stages = looped_stages(8, 9)
+    stages[1]["pack"]["size"] = 7
+    other = write_pipeline(tmp_path / "other.yaml", stages)
+    with refused(out, "last", "--out"):
+        run(other, out)
+    assert (out / "pipeline.yaml").read_bytes() == config.read_bytes()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from deploy.run import lock_folder
+with lock_folder(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(folder: Path) -> subprocess.Popen:
+    """Start a process that locks a folder; return it when the folder is locked."""
+    words = [sys.executable, "-c", HOLD, str(folder)]
+    process = subprocess.Popen(words, stdout=PIPE, stderr=PIPE, text=True, cwd=REPOSITORY)
+    return process
+
+
+def test_a_second_run_waits_for_the_first_even_if_that_is_killed(tmp_path):
+    first = hold(tmp_path)
+    assert first.stdout.readline() == "locked\n"
+    second = hold(tmp_path)
+    assert "waiting" in second.stderr.readline()
+    assert second.poll() is None
+    first.kill()
+    assert second.stdout.readline() == "locked\n"
+    second.kill()
+    first.communicate()
+    second.communicate()
 
 
 def test_a_stage_that_fails_ends_the_run(tmp_path, capfd):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from tests.helpers.commands import succeed
 from tests.helpers.refusals import assert_refused
-from tests.helpers.training import fit_words, losses, train
+from tests.helpers.training import fit_words, losses, study_config, train
 from trainer.objectives.parts.lpips import alex
 
 OBJECTIVE = "--model.objective.init_args"
@@ -23,9 +23,9 @@ def inside_workspace(workspace, monkeypatch):
     monkeypatch.chdir(workspace.path)
 
 
-def digits(name: str) -> Path:
-    """Return a config of the digits."""
-    return Path(f"configs/digits/{name}.yaml")
+def digits(name: str) -> tuple[Path, ...]:
+    """Return the files of a config of the digits."""
+    return study_config("digits", name)
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +126,9 @@ def test_perceptual_regression_needs_a_file_of_weights(tmp_path, capfd):
 
 
 def write_random_weights(path: Path) -> None:
-    """Write LPIPS weights on a random AlexNet."""
-    trunk, taps = alex()
+    """Write a random AlexNet, as torchvision names its tensors."""
+    trunk, _ = alex()
     tensors = {f"features.{name}": value for name, value in trunk.state_dict().items()}
-    for i, index in enumerate(taps):
-        channels = trunk[index - 1].out_channels
-        tensors[f"lin{i}.model.1.weight"] = torch.rand(1, channels, 1, 1)
     save_file(tensors, path)
 
 

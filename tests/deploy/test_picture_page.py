@@ -5,8 +5,8 @@ import shlex
 import pytest
 from PIL import Image
 
-from tests.deploy.test_pipeline import documented_commands
 from tests.helpers.commands import REPOSITORY, run_command
+from tests.helpers.documents import documented_commands
 from tests.helpers.refusals import assert_refused
 from trainer.toy import line, plane, train
 
@@ -20,7 +20,7 @@ def small_pictures(monkeypatch, tmp_path):
     monkeypatch.setattr(plane, "SAMPLES", 64)
 
 
-@pytest.mark.parametrize("text", documented_commands("docs/pictures.md"))
+@pytest.mark.parametrize("text", documented_commands(REPOSITORY / "docs/pictures.md"))
 def test_every_command_of_the_page_draws(text):
     program, *words = shlex.split(text)
     assert program == "rectify"

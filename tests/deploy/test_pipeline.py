@@ -17,11 +17,18 @@ from PIL import Image
 from data.latents import Latents
 from data.shards import ShardReader
 from deploy.run import command, load
+from deploy.targets import compare_with_targets
 from tests.helpers.commands import REPOSITORY, Workspace, run_command
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 PIPELINES = [path for path in CONFIGS if "stages" in yaml.safe_load(path.read_text())]
-RUNS = [path for path in CONFIGS if "model" in yaml.safe_load(path.read_text())]
+BASES = [path for path in CONFIGS if path.name == "base.yaml"]
+# A file with `out` and no stages is a run; a base is none by itself.
+RUNS = [
+    path
+    for path in CONFIGS
+    if yaml.safe_load(path.read_text()).keys() & {"out", "stages"} == {"out"}
+]
 SMOKE_RUN = ("run", "configs/digits/pipeline.yaml", "--smoke")
 
 
@@ -49,6 +56,12 @@ def test_the_summary_has_the_quality_by_steps(summary, model):
     assert all({"fd", "accuracy", "nfe", "recall"} <= row.keys() for row in rows.values())
     assert rows["1"]["nfe"] == 1
     assert rows["32"]["nfe"] == 32
+
+
+def test_the_summary_has_the_targets_of_the_pipeline(summary):
+    targets = load(REPOSITORY / "configs/digits/pipeline.yaml").targets
+    assert len(targets) == 6
+    assert summary["targets"] == compare_with_targets(summary, targets, "")
 
 
 def test_the_summary_has_the_seconds_of_every_stage(summary):
@@ -171,11 +184,29 @@ def rectify(workspace, monkeypatch):
     return run
 
 
-def header_command(config: Path) -> list[str]:
-    """Return the words of the command in a config's header, without `rectify`."""
-    lines = config.read_text().splitlines()
-    command = next(line for line in lines if line.startswith("#   rectify"))
-    return shlex.split(command.removeprefix("#   rectify "))
+def header_commands(config: Path) -> list[list[str]]:
+    """Return the words of the commands in a config's header, without `rectify`."""
+    prefix = "#   rectify "
+    lines = [line for line in config.read_text().splitlines() if line.startswith(prefix)]
+    return [shlex.split(line.removeprefix(prefix)) for line in lines]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in RUNS if path.name != "autoencoder.yaml"],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
+def test_a_run_is_a_short_file_after_its_base(path):
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    assert 5 <= len(lines) <= 15
+    folder = path.parent.relative_to(REPOSITORY)
+    words = f"fit --config {folder}/base.yaml --config {folder}/{path.name}".split()
+    assert words in header_commands(path)
+
+
+@pytest.mark.parametrize("path", BASES, ids=lambda path: path.parent.name)
+def test_a_base_has_no_folder_for_a_run(path):
+    assert "out" not in yaml.safe_load(path.read_text())
 
 
 # The configs of text students are run in text/test_text.py, which makes their teacher.
@@ -186,59 +217,15 @@ def header_command(config: Path) -> list[str]:
 )
 def test_every_config_trains_a_step(rectify, tmp_path, path):
     run = tmp_path / "run"
-    rectify(*header_command(path), "--out", run, "--trainer.max_steps", "1")
+    rectify(*header_commands(path)[0], "--out", run, "--trainer.max_steps", "1")
     assert list((run / "checkpoints").glob("step=000000001.ckpt"))
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
 def test_every_pipeline_names_configs_that_exist(path):
-    for stage in load(path)["stages"]:
+    for stage in load(path).stages:
         words = command(stage, path.parent, smoke=True)
         assert all((REPOSITORY / word).is_file() for word in words if word.endswith(".yaml"))
-
-
-def documented_commands(document: str) -> list[str]:
-    """Return the commands in a document's code blocks, each once."""
-    text = (REPOSITORY / document).read_text()
-    blocks = re.findall(r"^(?:    |```\w*\n)(.*?)(?:\n(?!    )|```)", text, re.M | re.S)
-    commands = []
-    for line in "\n".join(blocks).splitlines():
-        words = line.strip().partition("  #")[0].strip()
-        if words.startswith(("rectify ", "torchrun ")) and words not in commands:
-            commands.append(words)
-    return commands
-
-
-# Options that cut a documented command short.
-SHORT = {
-    "run": ["--smoke"],
-    "fit": ["--trainer.max_steps", "2"],
-    "collect": ["--pairs", "300", "--steps", "2"],
-    "toy": ["--updates", "2"],
-}
-
-
-def test_every_command_in_the_readme_runs(workspace, rectify):
-    """In order, in a folder with the demo; only training is cut short."""
-    # The user's own photos.
-    for name in ("cat", "dog"):
-        folder = workspace.path / "photos" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for i in range(60):
-            Image.effect_noise((80, 70), 40 + i).convert("RGB").save(folder / f"{i}.png")
-
-    commands = documented_commands("README.md")
-    assert len(commands) >= 8
-    for text in commands:
-        program, *words = shlex.split(text)
-        if program == "torchrun":
-            words = words[words.index("deploy") + 1 :]
-        if "--help" not in words:
-            words += SHORT.get(words[0], [])
-        if program == "torchrun":
-            workspace.rectify(*words, processes=2)
-        else:
-            rectify(*words)
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ import torch
 from models.checkpoint import read_checkpoint
 from tests.helpers.commands import Workspace
 from tests.helpers.refusals import PREFIX, assert_names, refused_line
+from tests.helpers.training import config_words
 
-CONFIG = "configs/digits/teacher.yaml"
+CONFIG = (Path("configs/digits/base.yaml"), Path("configs/digits/teacher.yaml"))
 TINY_RUN = (
     *("--model.denoiser.net.width", "16", "--model.denoiser.net.depth", "1"),
     *("--checkpoints.every", "5", "--metrics.every", "1"),
@@ -25,16 +26,16 @@ TRAINING_STATE = (
 
 
 def tiny_fit_words(
-    out: object, steps: int = 40, *more: object, config: object = CONFIG
+    out: object, steps: int = 40, *more: object, config: tuple[Path, ...] = CONFIG
 ) -> tuple[object, ...]:
     """Return the words of a tiny training command."""
     last_step = ("--trainer.max_steps", str(steps))
-    return ("fit", "--config", config, "--out", out, *last_step, *TINY_RUN, *more)
+    return ("fit", *config_words(config), "--out", out, *last_step, *TINY_RUN, *more)
 
 
 def final_state(run: Path, steps: int = 40) -> dict[str, Any]:
     """Return weights, averages, optimizer states and cost from a run's last checkpoint."""
-    checkpoint = read_checkpoint(run / "checkpoints" / f"step={steps:09d}.ckpt")
+    checkpoint = read_checkpoint(run / "checkpoints" / f"step={steps:09d}.ckpt", resume=True)
     return {name: checkpoint[name] for name in TRAINING_STATE}
 
 

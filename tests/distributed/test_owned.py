@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from tests.distributed.runs import equal, final_state
+from tests.helpers.training import config_words, study_config
 
 CONFIGS = ["meanflow", "distribution"]
+DISTRIBUTION = config_words(study_config("digits", "distribution"))
 RANK_PROGRAM = """
 import sys
 import torch, torch.distributed as dist
@@ -44,7 +46,7 @@ def descend(workspace, tmp_path_factory):
         out = folder / f"{config}-{strategy}"
         processes = 1 if strategy == "auto" else 2
         words = (
-            *("--config", f"configs/digits/{config}.yaml", "--out", out),
+            *(*config_words(study_config("digits", config)), "--out", out),
             *("--trainer.max_steps", 6, "--trainer.logger", "false"),
             *("--optimizer", "SGD", "--optimizer.lr", 0.1, "--data.batch", 64),
             *("--trainer.devices", processes, "--trainer.strategy", strategy),
@@ -93,7 +95,7 @@ def distribution_states(workspace, tmp_path_factory):
 
     def train(name, steps):
         workspace.rectify(
-            *("fit", "--config", "configs/digits/distribution.yaml", "--out", folder / name),
+            *("fit", *DISTRIBUTION, "--out", folder / name),
             *("--trainer.max_steps", steps, "--trainer.logger", "false"),
             *("--model.objective.init_args.fake_rate", "2", "--data.batch", "32"),
             *("--checkpoints.every", "3"),

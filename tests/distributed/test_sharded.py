@@ -16,7 +16,7 @@ from tests.distributed.runs import (
     tiny_fit_words,
 )
 from tests.helpers.refusals import refused
-from tests.helpers.training import losses
+from tests.helpers.training import config_words, losses
 
 SHARDED = ("--trainer.devices", "2", "--trainer.strategy", "fsdp2")
 STEPS = 12
@@ -136,7 +136,7 @@ def limit_file_size():
 def test_a_full_disk_ends_all_ranks_cleanly(workspace, tmp_path):
     run = tmp_path / "run"
     process = workspace.start(
-        *("fit", "--config", CONFIG, "--out", run, *SHARDED, "--trainer.logger", "false"),
+        *("fit", *config_words(CONFIG), "--out", run, *SHARDED, "--trainer.logger", "false"),
         *("--trainer.max_steps", "9", "--checkpoints.every", "2"),
         processes=2,
         preexec=limit_file_size,

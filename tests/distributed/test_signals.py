@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from models.checkpoint import load_checkpoint, newest_checkpoint, read_checkpoint
@@ -23,7 +24,7 @@ from tests.distributed.runs import (
     tiny_fit_words,
 )
 from tests.helpers.refusals import PREFIX
-from tests.helpers.training import losses
+from tests.helpers.training import losses, spec
 from trainer.callbacks.preemption import PREEMPTED_EXIT_CODE
 
 SAVE_ONLY_ON_SIGNAL = ("--preemption.every", "1", "--checkpoints.every", "100")
@@ -102,11 +103,10 @@ def test_a_loss_that_explodes_stops_the_run_and_spoils_nothing(workspace, tmp_pa
 
 def test_averages_of_several_widths_are_kept_and_rebuilt(workspace, uninterrupted_run, tmp_path):
     out = tmp_path / "run"
-    text = (workspace.path / CONFIG).read_text()
-    widths = text.replace("{decay: 0.99}", "{decay: 0.99, widths: [0.05, 0.1]}")
-    config = tmp_path / "widths.yaml"
-    config.write_text(widths)
-    workspace.rectify(*tiny_fit_words(out, 40, config=config))
+    widths = tmp_path / "widths.yaml"
+    average = spec("EMA", decay=0.99, widths=[0.05, 0.1])
+    widths.write_text(yaml.safe_dump({"trainer": {"callbacks": [average]}}))
+    workspace.rectify(*tiny_fit_words(out, 40, config=(*CONFIG, widths)))
     state = final_state(out)
     assert equal(state["state_dict"], final_state(uninterrupted_run)["state_dict"])
 

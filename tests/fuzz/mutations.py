@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from data.files import canonical, checksum, checksummed_json, file_digest
+from data.files import canonical, checksummed_json, file_checksum, file_digest
 
 REPLACEMENTS = (
     *(None, True, -1, 0, 7, 2**31, 2**63, 10**30, -(10**30), 0.5, math.nan, math.inf),
@@ -116,10 +116,10 @@ def reseal_shard(tar: Path) -> None:
     Checksums cannot find this forgery.
     """
     # the checksums of the changed files
-    facts = {"bytes": tar.stat().st_size, "sha256": file_digest(tar), "xxh3": checksum(tar)}
+    facts = {"bytes": tar.stat().st_size, "sha256": file_digest(tar), "xxh3": file_checksum(tar)}
     offsets = tar.with_suffix(".npy")
     if offsets.exists():
-        facts["offsets"] = checksum(offsets)
+        facts["offsets"] = file_checksum(offsets)
 
     # the files that record them
     record = tar.with_suffix(".json")

@@ -16,6 +16,7 @@ from data.digits import digits
 from data.pack import image_to_png
 from data.shards import ShardReader
 from tests.helpers.commands import REPOSITORY
+from tests.helpers.training import read_config, study_config
 
 FIT = (
     *("--trainer.logger", "false", "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"),
@@ -156,7 +157,10 @@ BUILT = {  # in the order in which the artefacts are built
     ),
     "report": Recipe(
         ("report", "--run", "."),
-        reads=("evaluation/*/*", "export/export.json", "*/metrics.jsonl", "*/config.yaml"),
+        reads=(
+            *("evaluation/*/*", "export/export.json", "*/metrics.jsonl", "*/config.yaml"),
+            "pipeline.yaml",
+        ),
         makes=("summary.json", "report.html"),
         absent=("summary.json", "report.html"),
     ),
@@ -246,22 +250,28 @@ def write_foreign_tars(folder: Path) -> None:
 
 def write_configs(folder: Path) -> None:
     """Write the configurations of the digits; the teacher's has EMA widths."""
-    for name in ("autoencoder", "teacher", "student"):
-        path = REPOSITORY / "configs" / "digits" / f"{name}.yaml"
-        config = yaml.safe_load(path.read_text())
+    autoencoder = (REPOSITORY / "configs/digits/autoencoder.yaml",)
+    configs = {
+        "autoencoder": autoencoder,
+        "teacher": study_config("digits", "teacher"),
+        "student": study_config("digits", "student"),
+    }
+    for name, files in configs.items():
+        config = read_config(files)
         if name == "teacher":
             config["trainer"]["callbacks"][0]["init_args"]["widths"] = [0.05, 0.1]
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
 
 
 def write_pipeline(path: Path) -> None:
-    """Write a pipeline of two stages."""
+    """Write a pipeline of two stages, with a target."""
     pack = {"out": "{out}/images", "images": "photos", "size": 16, "holdout": 0.2}
     stages = [
         {"name": "pack", "pack": pack, "smoke": {"size": 8}},
         {"name": "look", "index": {"folder": "foreign"}},
     ]
-    path.write_text(yaml.safe_dump({"out": "piped", "stages": stages}))
+    targets = {"quality": {"value": "student.1.fd", "at_most": 1000.0}}
+    path.write_text(yaml.safe_dump({"out": "piped", "targets": targets, "stages": stages}))
 
 
 def read_set(folder: Path) -> None:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models.nets.attention import Attention, xformers_kernel
+from tests.helpers.training import config_words, study_config
 
 pytestmark = pytest.mark.gpu
 
@@ -30,7 +31,7 @@ def test_xformers_matches_torch():
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_training_on_a_device(workspace, tmp_path, precision):
     workspace.rectify(
-        *("fit", "--config", "configs/digits/teacher.yaml", "--out", tmp_path / "run"),
+        *("fit", *config_words(study_config("digits", "teacher")), "--out", tmp_path / "run"),
         *("--trainer.max_steps", "3", "--trainer.precision", precision),
         *("--trainer.accelerator", "cuda"),
     )

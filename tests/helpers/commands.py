@@ -55,7 +55,7 @@ class Workspace:
         """
         if processes > 1:
             torchrun = ("--standalone", f"--nproc-per-node={processes}")
-        launcher = ("torch.distributed.run", *torchrun, "-m") if torchrun else ()
+        launcher = ("torch.distributed.run", *torchrun, "-m", "--") if torchrun else ()
         command = [*before, sys.executable, "-m", *launcher, "deploy", *map(str, words)]
         return subprocess.Popen(
             command,

@@ -12,6 +12,7 @@ from models.nets.dit import DiT
 from models.prediction import Prediction, Velocity
 from models.windows import window
 from tests.oracle import Flow, Point
+from trainer.objectives.base import Loss
 from trainer.objectives.meanflow import mean_velocity
 
 
@@ -206,12 +207,19 @@ def seeded_batch(n: int = 64) -> tuple[Tensor, Tensor]:
     return x, eps
 
 
-def seeded_loss(
+def seeded_result(
     objective, denoiser, n: int = 64, cond: Tensor | None = None, random=None
-) -> Tensor:
+) -> Loss:
     """Return the loss on `seeded_batch`: data, noise and times are the same in every call."""
     x, eps = seeded_batch(n)
     return objective(denoiser, x, eps, cond, random)
+
+
+def seeded_loss(
+    objective, denoiser, n: int = 64, cond: Tensor | None = None, random=None
+) -> Tensor:
+    """Return the total loss on `seeded_batch`."""
+    return seeded_result(objective, denoiser, n, cond, random).total
 
 
 def derivative(loss: Callable[[Any], Tensor], value: float) -> float:

@@ -7,9 +7,39 @@ from typing import Any
 
 import yaml
 
-from tests.helpers.commands import run_command
+from tests.helpers.commands import REPOSITORY, run_command
 
 QUIET = ("--trainer.accelerator", "cpu", "--trainer.logger", "false")
+# A configuration: its content, which is written beside the run's folder, its file, or its files.
+Config = Mapping[str, Any] | Path | tuple[Path, ...]
+
+
+def study_config(study: str, name: str) -> tuple[Path, Path]:
+    """Return the files of a published configuration: its study's base and what is added to it."""
+    folder = REPOSITORY / "configs" / study
+    return (folder / "base.yaml", folder / f"{name}.yaml")
+
+
+def config_words(files: tuple[Path, ...]) -> tuple[object, ...]:
+    """Return the words that name a configuration's files."""
+    return tuple(word for file in files for word in ("--config", file))
+
+
+def read_config(files: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the content of a configuration's files: entries of later ones win."""
+    content: dict[str, Any] = {}
+    for file in files:
+        merge_into(content, yaml.safe_load(file.read_text()))
+    return content
+
+
+def merge_into(content: dict[str, Any], more: dict[str, Any]) -> None:
+    """Set entries of nested objects."""
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(content.get(key), dict):
+            merge_into(content[key], value)
+        else:
+            content[key] = value
 
 
 def spec(name: str, **arguments: Any) -> dict[str, Any]:
@@ -50,12 +80,12 @@ def small_config(
 
 
 def fit_words(
-    config: Path | str | Mapping[str, Any], out: Path, *words: object, steps: int | None = None
+    config: Config, out: Path, *words: object, steps: int | None = None
 ) -> tuple[object, ...]:
     """Return the words of the command that trains.
 
     Args:
-        config: a configuration's file, or its content, which is written beside the run's folder.
+        config: see `Config`.
         out: the run's folder.
         words: more words of the command; they come last, so they win.
         steps: value of trainer.max_steps; by default the configuration's.
@@ -65,13 +95,13 @@ def fit_words(
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(yaml.safe_dump(dict(config)))
         config = file
+    if isinstance(config, Path):
+        config = (config,)
     length = () if steps is None else ("--trainer.max_steps", steps)
-    return ("fit", "--config", config, "--out", out, *QUIET, *length, *words)
+    return ("fit", *config_words(config), "--out", out, *QUIET, *length, *words)
 
 
-def train(
-    config: Path | str | Mapping[str, Any], out: Path, *words: object, steps: int | None = None
-) -> Path:
+def train(config: Config, out: Path, *words: object, steps: int | None = None) -> Path:
     """Train in this process, see `fit_words`; it must succeed. Returns the run's folder."""
     command = fit_words(config, out, *words, steps=steps)
     assert run_command(*command) == 0, " ".join(map(str, command))

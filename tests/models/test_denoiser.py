@@ -112,7 +112,7 @@ def test_a_unit_net_is_one_denoiser_under_every_prediction(interpolant):
 def test_a_unit_net_has_the_attributes_of_its_network():
     denoiser = Denoiser(UnitVariance(small_dit(), Linear(), Velocity()), Linear(), Velocity())
     assert denoiser.shape == (2, 4, 4)
-    assert len(list(denoiser.net.blocks)) == 2
+    assert len(denoiser.net.list_blocks()) == 2
     assert denoiser.net.classes == 3
 
 

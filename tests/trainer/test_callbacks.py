@@ -7,6 +7,7 @@ import torch
 from tests.helpers.refusals import refused
 from trainer.callbacks.metrics_log import average_by_time
 from trainer.posthoc_ema import exponent, inner_products, posthoc_weights
+from trainer.step_outputs import PerSample
 
 
 @pytest.mark.parametrize("width", [0.01, 0.05, 0.1, 0.25])
@@ -71,7 +72,7 @@ def test_the_loss_by_time_is_the_same_on_any_number_of_ranks():
     """Ranks add sums and counts: a bin that is empty on one rank, or on all, gives no NaN."""
     times = torch.tensor([0.0, 0.1, 0.3, 0.31, 0.32, 0.8, 0.9, 1.0])
     errors = torch.arange(8.0)
-    one_rank = average_by_time([(times, errors)], 4, lambda sums: sums)
+    one_rank = average_by_time([PerSample(times, errors)], 4, lambda sums: sums)
     assert one_rank == {"loss_t0": 0.5, "loss_t1": 3.0, "loss_t3": 6.0}
 
     # Two ranks: the first one's sums are recorded, and added to the second one's.
@@ -81,6 +82,8 @@ def test_the_loss_by_time_is_the_same_on_any_number_of_ranks():
         first_rank.append(sums)
         return sums
 
-    average_by_time([(times[:2], errors[:2]), (times[2:3], errors[2:3])], 4, record)
-    two_ranks = average_by_time([(times[3:], errors[3:])], 4, lambda sums: sums + first_rank[0])
+    micro_batches = [PerSample(times[:2], errors[:2]), PerSample(times[2:3], errors[2:3])]
+    average_by_time(micro_batches, 4, record)
+    rest = PerSample(times[3:], errors[3:])
+    two_ranks = average_by_time([rest], 4, lambda sums: sums + first_rank[0])
     assert two_ranks == one_rank

@@ -81,8 +81,8 @@ def test_training_has_no_loss_only_at_a_single_point(interpolant, options):
     x, eps = seeded_batch()
     point = x[:1]
     data = point.expand_as(eps)
-    assert 0 <= objective(PointJumps(interpolant, point), data, eps).item() < 1e-8
-    assert objective(PointJumps(interpolant, point + 0.3), data, eps).item() >= 1e-4
+    assert 0 <= objective(PointJumps(interpolant, point), data, eps).total.item() < 1e-8
+    assert objective(PointJumps(interpolant, point + 0.3), data, eps).total.item() >= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_weights_learn_under_autocast():
     net = tiny_dit()
     x, eps = torch.randn(2, 8, 1, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        Consistency(steps=8)(Denoiser(net, Linear(), Velocity()), x, eps).backward()
+        Consistency(steps=8)(Denoiser(net, Linear(), Velocity()), x, eps).total.backward()
     assert net.out.weight.grad.abs().sum() > 0
 
 
@@ -268,14 +268,14 @@ def test_a_one_time_network_jumps_by_ddim():
     objective = Consistency(steps=64, times=LogNormalSigma(), weighting=EDM())
     x, eps = torch.randn(2, 64, 1, 4, 4)
     loss = objective(Denoiser(net, VariancePreserving(), Velocity()), x, eps)
-    loss.backward()
+    loss.total.backward()
 
     assert all(parameter.grad is not None for parameter in net.blocks.parameters())
     assert net.embed.weight.grad.abs().sum() > 0
 
-    times, errors = objective.per_sample
+    times, errors = loss.per_sample
     assert times.shape == errors.shape == (64,)
-    assert errors.mean().item() == pytest.approx(loss.item(), rel=1e-5)
+    assert errors.mean().item() == pytest.approx(loss.total.item(), rel=1e-5)
     assert times.mean() < 0.4
     assert times.unique().numel() < 64
 

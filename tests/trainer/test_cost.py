@@ -13,7 +13,7 @@ from data.pairs import PairSet
 from deploy.report.summary import sum_costs
 from models import sampler as samplers
 from models.checkpoint import newest_checkpoint, read_checkpoint
-from models.denoiser import Denoiser
+from models.denoiser import Denoiser, count_evaluations
 from models.guidance import Guided
 from models.interpolant import Linear
 from models.nets.dit import DiT
@@ -24,6 +24,7 @@ from tests.helpers.refusals import refused
 from tests.helpers.training import fit_words, log_lines, small_config, spec, train
 from trainer.callbacks.metrics_log import MetricsLog
 from trainer.jobs.collect import collect
+from trainer.jobs.options import SamplingOptions
 from trainer.objectives import Consistency, Matching, MeanFlow, Objective, Phased
 from trainer.objectives.teachers import FrozenTeacher
 
@@ -51,16 +52,14 @@ class MatchingWithTeacher(Objective):
     def __call__(self, denoiser, x, eps, cond=None, random=None):
         for _ in range(2):
             self.teacher(x[::2], torch.tensor(0.5))
-        loss = self.matching(denoiser, x, eps, cond, random)
-        self.per_sample = self.matching.per_sample
-        return loss
+        return self.matching(denoiser, x, eps, cond, random)
 
 
 @pytest.fixture
 def count():
     """Return a function that returns the number of evaluations since the test began."""
-    before = Denoiser.evaluations_made
-    return lambda: Denoiser.evaluations_made - before
+    with count_evaluations() as counter:
+        yield lambda: counter.count
 
 
 # One call, one step of training
@@ -133,7 +132,7 @@ def test_a_step_costs_what_the_methods_paper_needs(one_step_run, count, make, tw
     net = DiT(size=8, channels=1, patch=4, width=16, depth=1, heads=2, two_time=two_time)
     x, eps = torch.randn(2, 64, 1, 8, 8)
     before = count()
-    objective(Denoiser(net, Linear(), Velocity()), x, eps).backward()
+    objective(Denoiser(net, Linear(), Velocity()), x, eps).total.backward()
     assert count() - before <= 1.1 * 64 * needed
 
 
@@ -184,7 +183,7 @@ def test_a_resumed_run_continues_the_count(config, tmp_path):
 def test_a_run_that_did_not_count_from_its_start_has_no_count(config, tmp_path):
     run = train(config, tmp_path / "run", steps=1)
     path = newest_checkpoint(run)
-    content = read_checkpoint(path)
+    content = read_checkpoint(path, resume=True)
     del content["evaluations"]
     torch.save(content, path)
     train(config, run, steps=4)
@@ -202,7 +201,7 @@ def test_a_pair_set_records_what_it_cost(one_step_run, tmp_path, count, sampler,
         pairs=10,
         steps=3,
         sampler=sampler,
-        guidance=guidance,
+        sampling=SamplingOptions(guidance=guidance),
         shard=8,
         batch=8,
     )

@@ -1,5 +1,7 @@
 """Distribution matching on Gaussians, whose KL divergence and its gradient have closed forms."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -124,7 +126,7 @@ def backpropagate(interpolant, student, fake_mean, fake_std, t, n=200_000):
     torch.manual_seed(0)
     eps = torch.randn(n, 1, 1, 1, dtype=torch.float64)
     eps = (eps - eps.mean()) / eps.std()
-    objective(student, eps, eps).backward()
+    objective(student, eps, eps).total.backward()
     return objective
 
 
@@ -170,8 +172,8 @@ def test_the_student_learns_in_one_of_its_turns_and_the_fake_in_every_step(step,
     student = AffineStudent(Linear(), 0.0, 1.0)
     objective = DistributionMatching(gaussian_teacher(Linear()), student_every=5)
     x = zeros(64)
-    objective(student, x, torch.ones_like(x), None, make_random(x, step)).backward()
-    assert objective.student_frozen is not student_learns
+    objective(student, x, torch.ones_like(x), None, make_random(x, step)).total.backward()
+    assert objective.student_learns(step) is student_learns
     assert (student.mean.grad is not None) is student_learns
     assert objective.fake.mean.grad is not None
 
@@ -199,9 +201,9 @@ def test_a_student_converges_to_the_teachers_distribution():
     x = zeros(256)
     for step in range(600):
         random = make_random(x, step)
-        objective(student, x, random.noise(x).double(), None, random).backward()
+        objective(student, x, random.noise(x).double(), None, random).total.backward()
         optimizers = [fake_optimizer]
-        if not objective.student_frozen:
+        if objective.student_learns(step):
             optimizers.append(student_optimizer)
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = 0.06 * (1 - step / 600)
@@ -225,8 +227,21 @@ def adversarial_gradients(share):
         gaussian_teacher(Linear()), times=fixed_time(0.4), critic=critic, adversarial=share
     )
     random = make_random(DATA, 0)
-    objective(student, DATA, random.noise(DATA).double(), None, random).backward()
+    objective(student, DATA, random.noise(DATA).double(), None, random).total.backward()
     return student, critic
+
+
+@pytest.mark.parametrize(
+    ("step", "named"), [(0, ["fake", "critic", "push"]), (1, ["fake", "critic"])]
+)
+def test_the_parts_of_the_loss_are_named_and_add_up(step, named):
+    student = AffineStudent(Linear(), 0.1, 0.9)
+    objective = DistributionMatching(gaussian_teacher(Linear()), critic=LinearCritic())
+    random = make_random(DATA, step)
+    loss = objective(student, DATA, random.noise(DATA).double(), None, random)
+    assert list(loss.parts) == named
+    assert not any(part.requires_grad for part in loss.parts.values())
+    torch.testing.assert_close(sum(loss.parts.values()), loss.total.detach())
 
 
 def test_the_critic_separates_data_from_samples_and_the_student_pleases_it():
@@ -274,10 +289,11 @@ def test_the_module_keeps_the_critic_and_trains_it_with_the_fake():
     module = Generator(small_denoiser(), objective)
     assert set(module.networks) == {"fake", "critic"}
 
-    _, trained_too = module.groups(0.1)
-    assert len(trained_too["params"]) == 2 * len(list(tiny_dit(channels=2).parameters()))
+    _, trained_too = module.parameter_groups()
+    assert len(trained_too.parameters) == 2 * len(list(tiny_dit(channels=2).parameters()))
 
-    module.training_step(Batch(torch.randn(4, 2, 4, 4), True, seed=0, step=0, size=4), 0).backward()
+    batch = Batch(torch.randn(4, 2, 4, 4), True, seed=0, step=0, size=4)
+    module.training_step(batch, 0)["loss"].backward()
     for parameter in module.networks["critic"].out.parameters():
         assert parameter.grad is not None
 
@@ -296,7 +312,9 @@ def test_the_module_keeps_the_fake_and_not_the_teacher(module):
 
 def test_the_module_trains_student_and_fake_at_their_learning_rates(module):
     assert all(parameter.requires_grad for parameter in module.parameters())
-    student, fake = module.groups(0.1)
+    module.make_optimizer = partial(torch.optim.AdamW, lr=0.1)
+    student, fake = module.configure_optimizers().param_groups
+    assert student["lr"] == 0.1
     assert fake["lr"] == pytest.approx(0.3)
     assert fake["params"][0] is next(module.objective.fake.parameters())
     grouped = [id(parameter) for parameter in student["params"] + fake["params"]]

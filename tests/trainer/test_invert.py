@@ -17,6 +17,7 @@ from tests.helpers.refusals import refused
 from tests.helpers.teachers import SHAPE, save_teacher, small_denoiser
 from trainer.jobs.collect import collect
 from trainer.jobs.invert import invert
+from trainer.jobs.options import SamplingOptions
 
 COUNT = 40
 SETTINGS = {"steps": 16, "sampler": "RungeKutta4", "shard": 8, "batch": 5}
@@ -119,10 +120,9 @@ def test_latents_with_more_classes_than_the_teacher_are_refused(folder, tmp_path
 
 
 def test_other_settings_than_those_of_the_folder_are_refused(folder):
+    inputs = (folder / "teacher", folder / "latents", folder / "inverted")
     with refused("guidance", 1.0, 2.0):
-        invert(
-            folder / "teacher", folder / "latents", folder / "inverted", **SETTINGS, guidance=2.0
-        )
+        invert(*inputs, **SETTINGS, sampling=SamplingOptions(guidance=2.0))
 
 
 def test_a_batch_below_one_is_refused(folder, tmp_path):

@@ -1,14 +1,24 @@
-"""LPIPS against a direct computation, with random weights under the public names."""
+"""LPIPS against a direct computation, on random trunks under the public names."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchmetrics
 from safetensors.torch import save_file
 
+from data.files import file_digest
 from tests.helpers.refusals import refused
-from trainer.objectives.parts.lpips import LPIPS, Perceptual, alex, vgg
+from trainer.objectives.parts.lpips import (
+    LINEAR_DIGESTS,
+    LPIPS,
+    Perceptual,
+    alex,
+    load_linear,
+    vgg,
+)
 
 # AlexNet's convolutions: index in the trunk -> (output channels, input channels, kernel).
 CONVOLUTIONS = {
@@ -18,22 +28,42 @@ CONVOLUTIONS = {
     8: (256, 384, 3),
     10: (256, 256, 3),
 }
+# The lpips package's files of linear layers, version 0.1: sha256 of lpips-0.1.4's.
+LINEAR_LAYERS = {
+    "alex": "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
+    "vgg": "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+}
 SHIFT = torch.tensor([-0.030, -0.088, -0.188], dtype=torch.float64).view(3, 1, 1)
 SCALE = torch.tensor([0.458, 0.448, 0.450], dtype=torch.float64).view(3, 1, 1)
 
 
+def linear_file(net):
+    """Return the file of linear layers that torchmetrics contains."""
+    folder = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models"
+    return folder / f"{net}.pth"
+
+
 @pytest.fixture(scope="module")
 def tensors():
-    """Random weights under the names of `lpips.LPIPS(net="alex")`, and one more of its entries."""
+    """The entries of `lpips.LPIPS(net="alex")`, with a random trunk."""
     generator = torch.Generator().manual_seed(0)
-    found = {"scaling_layer.shift": torch.zeros(1, 3, 1, 1)}
+    found = torch.load(linear_file("alex"), map_location="cpu", weights_only=True)
+    found["scaling_layer.shift"] = torch.zeros(1, 3, 1, 1)
     for slice_, (index, (out, channels, kernel)) in enumerate(CONVOLUTIONS.items(), 1):
         size = (out, channels, kernel, kernel)
         weight = torch.randn(size, generator=generator) / (channels * kernel**2) ** 0.5
         found[f"net.slice{slice_}.{index}.weight"] = weight
         found[f"net.slice{slice_}.{index}.bias"] = torch.randn(out, generator=generator) / 10
-        linear = torch.rand(1, out, 1, 1, generator=generator)
-        found[f"lin{slice_ - 1}.model.1.weight"] = linear
+    return found
+
+
+@pytest.fixture(scope="module")
+def torchvision_tensors(tensors):
+    """The entries of `torchvision.models.alexnet()`: the same trunk, and a classifier."""
+    found = {"classifier.1.weight": torch.zeros(2, 2)}
+    for name, value in tensors.items():
+        if name.startswith("net"):
+            found[f"features.{name.split('.', 2)[2]}"] = value
     return found
 
 
@@ -88,7 +118,21 @@ def test_it_equals_a_direct_computation(tensors, weights, images):
     distances = [direct_distance(tensors, *pair) for pair in zip(a, b)]
     expected = torch.tensor(distances, dtype=torch.float64)
     torch.testing.assert_close(metric(a, b), expected, rtol=1e-9, atol=1e-12)
-    assert expected.min() > 1e-3
+    assert expected.min() > 1e-4
+
+
+@pytest.mark.parametrize("net", LINEAR_LAYERS)
+def test_the_linear_layers_are_those_of_the_original_package(net):
+    assert file_digest(linear_file(net)) == LINEAR_LAYERS[net]
+    channels = {"alex": [64, 192, 384, 256, 256], "vgg": [64, 128, 256, 512, 512]}[net]
+    layers = load_linear(net)
+    assert [tuple(layer.shape) for layer in layers] == [(1, count, 1, 1) for count in channels]
+
+
+def test_other_linear_layers_in_torchmetrics_are_refused(monkeypatch):
+    monkeypatch.setitem(LINEAR_DIGESTS, "alex", "0")
+    with refused("alex.pth", "torchmetrics"):
+        load_linear("alex")
 
 
 def test_it_is_symmetric_and_zero_for_equal_images(weights, images):
@@ -128,18 +172,14 @@ def test_gradients_are_zero_where_every_feature_is(weights, images):
     assert (slope == 0).all()
 
 
-def test_names_of_torchvision_and_of_either_linear_layer_are_read(
-    tensors, weights, images, tmp_path
+def test_a_trunk_of_torchvision_alone_gives_the_same_distances(
+    torchvision_tensors, weights, images, tmp_path
 ):
-    renamed = {}
-    for name, value in tensors.items():
-        if name.startswith("net"):
-            renamed[f"features.{name.split('.', 2)[2]}"] = value
-        else:
-            renamed[name.replace("lin", "lins.")] = value
-    save_file(renamed, tmp_path / "other.safetensors")
+    torch.save(torchvision_tensors, tmp_path / "alexnet.pth")
+    save_file(torchvision_tensors, tmp_path / "alexnet.safetensors")
     a, b = images.float()
-    assert torch.equal(LPIPS(tmp_path / "other.safetensors")(a, b), LPIPS(weights)(a, b))
+    for name in ("alexnet.pth", "alexnet.safetensors"):
+        assert torch.equal(LPIPS(tmp_path / name)(a, b), LPIPS(weights)(a, b))
 
 
 @pytest.mark.parametrize(("make", "count"), [(vgg, 14_714_688), (alex, 2_469_696)])
@@ -177,26 +217,31 @@ def test_latents_are_compared_as_images(weights, images):
     assert x.grad is None
 
 
-def test_a_missing_file_is_refused_with_the_way_to_make_it(tmp_path):
-    with refused("nowhere", "lpips.LPIPS", kind=FileNotFoundError):
+def test_a_missing_file_is_refused_with_the_address_of_one(tmp_path):
+    with refused("nowhere", "alexnet-owt-7be5be79.pth", kind=FileNotFoundError):
         Perceptual(tmp_path / "nowhere")
 
 
 def test_files_with_other_contents_are_refused(tensors, weights, tmp_path):
-    less = {name: value for name, value in tensors.items() if "lin2" not in name}
+    less = {name: value for name, value in tensors.items() if "slice2" not in name}
+    linear = {**tensors, "lin2.model.1.weight": 2 * tensors["lin2.model.1.weight"]}
     cut = {**tensors, "net.slice1.0.weight": tensors["net.slice1.0.weight"][:, :2].contiguous()}
     (tmp_path / "torn").write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "torn.pth").write_bytes(linear_file("alex").read_bytes()[:1000])
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
     save_file(less, tmp_path / "less")
     save_file(cut, tmp_path / "cut")
+    save_file(linear, tmp_path / "linear")
     expected = {
         "torn": ("safetensors",),
-        "other": ("net.slice1.0.weight",),
+        "torn.pth": ("torch.load",),
+        "other": ("features.0.weight",),
         "less": ("VGG16", "AlexNet"),
         "cut": ("VGG16", "AlexNet"),
+        "linear": ("linear layer 2", "LPIPS 0.1"),
     }
     for name, named in expected.items():
-        with refused(tmp_path / name, *named, "lpips.LPIPS"):
+        with refused(tmp_path / name, *named, "vgg16-397923af.pth"):
             LPIPS(tmp_path / name)
 
 

@@ -8,7 +8,8 @@ from models.interpolant import Linear, Trigonometric, VariancePreserving
 from models.windows import Piecewise
 from tests.examples import every_interpolant
 from tests.oracle import Point, single
-from trainer.jobs.evaluate import add_drift, tile_images
+from trainer.jobs.evaluate import add_drift
+from trainer.jobs.run_sampler import tile_images
 from trainer.metrics.sample_distances import frechet_distance, nearest_distance, recall
 from trainer.metrics.trajectories import (
     CURVATURE_PARTS,

@@ -14,8 +14,9 @@ from models.denoiser import Denoiser
 from models.interpolant import VariancePreserving
 from tests.helpers.refusals import refused
 from tests.helpers.teachers import SHAPE, save_teacher, small_denoiser
-from tests.helpers.training import log_lines, train
+from tests.helpers.training import log_lines, study_config, train
 from trainer.jobs.collect import collect
+from trainer.jobs.options import SamplingOptions
 from trainer.objectives import Matching, Objective, Online
 from trainer.objectives.teachers import EMATeacher, FrozenTeacher
 from trainer.step_random import StepRandom
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
         folder / "pairs",
         COUNT,
         steps=STEPS,
-        guidance=GUIDANCE,
+        sampling=SamplingOptions(guidance=GUIDANCE),
         seed=SEED,
         shard=BATCH,
         batch=BATCH,
@@ -58,10 +59,7 @@ class RecordingMatching(Objective):
 
     def __call__(self, denoiser, x, eps, cond=None, random=None):
         self.batches.append((x, eps, cond))
-        matching = Matching()
-        loss = matching(denoiser, x, eps, cond, random)
-        self.per_sample = matching.per_sample
-        return loss
+        return Matching()(denoiser, x, eps, cond, random)
 
 
 def make_batch(step, start=0, count=BATCH):
@@ -99,8 +97,8 @@ def test_the_same_seed_gives_the_pairs_of_the_stored_set(online, stored, step):
     student = small_denoiser(seed=1)
     random = StepRandom(make_batch(step))
     again = Matching()(student, expected.x, expected.noise, expected.condition, random)
-    assert torch.equal(loss, again)
-    assert torch.equal(online.per_sample[1], online.inner.per_sample[1])
+    assert torch.equal(loss.total, again.total)
+    assert torch.equal(loss.per_sample.distances, again.per_sample.distances)
 
 
 def test_the_students_average_can_be_the_teacher(online):
@@ -112,7 +110,7 @@ def test_the_students_average_can_be_the_teacher(online):
 
     expected = loss_of(online, make_batch(0), student)
     found = loss_of(averaged, make_batch(0), student)
-    assert torch.equal(found, expected)
+    assert torch.equal(found.total, expected.total)
     assert torch.equal(averaged.inner.batches[0][0], online.inner.batches[0][0])
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
 
@@ -204,12 +202,12 @@ def test_the_gradient_is_that_of_the_stored_pairs(online, stored):
         }
 
     student = small_denoiser(seed=1).requires_grad_(True)
-    loss_of(online, make_batch(0), student).backward()
+    loss_of(online, make_batch(0), student).total.backward()
 
     other = small_denoiser(seed=1).requires_grad_(True)
     pairs = stored.read(np.arange(BATCH))
     random = StepRandom(make_batch(0))
-    Matching()(other, pairs.x, pairs.noise, pairs.condition, random).backward()
+    Matching()(other, pairs.x, pairs.noise, pairs.condition, random).total.backward()
 
     found = gradients(student)
     expected = gradients(other)
@@ -266,7 +264,7 @@ def test_labels_for_a_teacher_without_classes_are_refused(tmp_path):
 def test_its_config_trains(workspace, tmp_path, monkeypatch):
     monkeypatch.chdir(workspace.path)
     options = ("--metrics.every", 1, "--data.batch", 32)
-    run = train("configs/digits/online.yaml", tmp_path / "run", *options, steps=3)
+    run = train(study_config("digits", "online"), tmp_path / "run", *options, steps=3)
     lines = log_lines(run)
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(line["loss"] > 0 for line in lines)

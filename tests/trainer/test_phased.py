@@ -18,6 +18,7 @@ from tests.helpers.denoisers import (
     central_difference,
     derivative,
     seeded_loss,
+    seeded_result,
 )
 from tests.helpers.refusals import refused
 from tests.helpers.teachers import SHAPE, save_teacher, small_denoiser
@@ -125,10 +126,10 @@ def test_more_solver_steps_come_nearer_to_the_exact_map():
 )
 def test_times_and_errors_of_the_samples_are_recorded_as_in_matching(options):
     objective = Phased(exact_teacher(VariancePreserving()), 4, steps=1, **options)
-    loss = seeded_loss(objective, exact_student(VariancePreserving(), False, error=0.2), 256)
-    times, errors = objective.per_sample
+    loss = seeded_result(objective, exact_student(VariancePreserving(), False, error=0.2), 256)
+    times, errors = loss.per_sample
     assert times.shape == errors.shape == (256,)
-    assert loss.item() == pytest.approx(errors.mean().item(), rel=1e-6)
+    assert loss.total.item() == pytest.approx(errors.mean().item(), rel=1e-6)
     assert times.min() > 0
     assert times.max() < 1
 
@@ -138,8 +139,8 @@ def test_windows_are_equally_likely_and_times_in_each_follow_the_distribution(wi
     batch = Batch(torch.zeros(4096, 1, 1, 1), True, seed=3, step=5, size=4096)
     objective = Phased(exact_teacher(Linear()), EDGES, steps=1, times=UShaped())
     eps = torch.randn(4096, 1, 1, 1)
-    objective(exact_student(Linear(), False), batch.x, eps, None, StepRandom(batch))
-    times = objective.per_sample[0]
+    loss = objective(exact_student(Linear(), False), batch.x, eps, None, StepRandom(batch))
+    times = loss.per_sample.times
 
     s, e = EDGES[window_index : window_index + 2]
     inside = times[(times > e) & (times <= s)]
@@ -209,4 +210,4 @@ def test_a_piecewise_student_may_learn_from_a_teacher_on_the_plain_interpolant(r
     teacher = FrozenTeacher(run)
     student = Denoiser(teacher.denoiser.net, Piecewise(VariancePreserving(), 4), WindowNoise(4))
     x, eps = torch.randn(2, 4, *SHAPE)
-    assert Phased(teacher, 4, steps=2)(student, x, eps).isfinite()
+    assert Phased(teacher, 4, steps=2)(student, x, eps).total.isfinite()

@@ -14,6 +14,7 @@ from tests.helpers.denoisers import (
     derivative,
     seeded_batch,
     seeded_loss,
+    seeded_result,
 )
 from tests.helpers.refusals import refused
 from tests.oracle import Flow, single
@@ -120,7 +121,7 @@ def test_a_step_costs_the_papers_evaluations():
     student = CountingDenoiser(Flow(Linear()))
     teacher = CountingDenoiser(Flow(Linear()))
     objective = Progressive(FixedTeacher(teacher), 4)
-    seeded_loss(objective, student, 256)
+    loss = seeded_result(objective, student, 256)
 
     (call,) = student.calls
     assert call.with_gradient
@@ -132,7 +133,7 @@ def test_a_step_costs_the_papers_evaluations():
     assert torch.equal(first.t, call.t)
     torch.testing.assert_close(second.t, call.t - 1 / 8)
 
-    times, errors = objective.per_sample
+    times, errors = loss.per_sample
     assert torch.equal(times, call.t)
     assert errors.shape == (256,)
 

@@ -39,8 +39,8 @@ def make_pairs(interpolant, n=64):
 def test_the_loss_is_zero_up_to_rounding_at_the_truth(interpolant, distance, make):
     x, eps = make_pairs(interpolant)
     objective = Regression(distance)
-    wrong = objective(exact_student(interpolant, 0.3), x, eps)
-    assert objective(make(interpolant), x, eps) < 1e-6 * wrong
+    wrong = objective(exact_student(interpolant, 0.3), x, eps).total
+    assert objective(make(interpolant), x, eps).total < 1e-6 * wrong
 
 
 @every_interpolant
@@ -50,7 +50,7 @@ def test_the_gradient_is_the_finite_difference_and_points_to_the_truth(interpola
     objective = Regression(distance)
 
     def loss(error):
-        return objective(exact_student(interpolant, error), x, eps)
+        return objective(exact_student(interpolant, error), x, eps).total
 
     slope = derivative(loss, 0.3)
     assert slope > 0
@@ -64,9 +64,9 @@ def test_the_error_is_that_of_one_sampler_step(interpolant):
     objective = Regression()
     loss = objective(student, x, eps)
     expected = (DDIM(1)(student, eps) - x).square()
-    torch.testing.assert_close(loss, expected.mean(), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(loss.total, expected.mean(), rtol=1e-6, atol=1e-12)
 
-    times, errors = objective.per_sample
+    times, errors = loss.per_sample
     assert (times == 1).all()
     torch.testing.assert_close(errors, expected.flatten(1).mean(1), rtol=1e-6, atol=1e-12)
 
@@ -89,7 +89,7 @@ def test_independent_data_and_noise_teach_the_mean():
     z, eps = torch.randn(2, 20_000, 1, 1, 1, generator=generator, dtype=torch.float64)
     z = (z - z.mean()) / z.std(correction=0)
     mean = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
-    loss = Regression()(ConstantDenoiser(mean), 0.5 + 0.7 * z, eps)
+    loss = Regression()(ConstantDenoiser(mean), 0.5 + 0.7 * z, eps).total
     (slope,) = torch.autograd.grad(loss, mean)
     assert loss.item() == pytest.approx(0.49)
     assert abs(slope.item()) < 1e-9
@@ -103,11 +103,21 @@ def perceptual(x_hat, x):
 def test_the_perceptual_distance_is_added_sample_by_sample():
     x, eps = make_pairs(Linear(), 8)
     student = exact_student(Linear(), 0.2)
-    plain = Regression(PseudoHuber())
-    both = Regression(PseudoHuber(), perceptual)
-    added = both(student, x, eps) - plain(student, x, eps)
-    assert added.item() == pytest.approx(4 * 0.2)
-    assert (both.per_sample[1] - plain.per_sample[1]).mean().item() == pytest.approx(4 * 0.2)
+    plain = Regression(PseudoHuber())(student, x, eps)
+    both = Regression(PseudoHuber(), perceptual)(student, x, eps)
+    assert (both.total - plain.total).item() == pytest.approx(4 * 0.2)
+    added = both.per_sample.distances - plain.per_sample.distances
+    assert added.mean().item() == pytest.approx(4 * 0.2)
+
+
+def test_the_distance_and_the_perceptual_distance_are_parts_of_the_loss():
+    x, eps = make_pairs(Linear(), 8)
+    student = exact_student(Linear(), 0.2)
+    plain = Regression(PseudoHuber())(student, x, eps)
+    both = Regression(PseudoHuber(), perceptual)(student, x, eps)
+    assert plain.parts == {}
+    assert torch.equal(both.parts["distance"], plain.total)
+    assert both.parts["perceptual"].item() == pytest.approx(4 * 0.2)
 
 
 @pytest.mark.parametrize("added", [None, perceptual], ids=["plain", "perceptual"])

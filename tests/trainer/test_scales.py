@@ -1,6 +1,7 @@
 """Pairs with a guidance scale each, and students that are conditioned on the scale."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from models.sampler import DDIM
 from tests.helpers.refusals import refused
 from tests.helpers.teachers import SHAPE, save_teacher, small_denoiser
 from trainer.jobs.collect import collect
+from trainer.jobs.options import SamplingOptions
 from trainer.module import Generator
 from trainer.objectives import Matching, Objective
 from trainer.step_random import StepRandom
@@ -34,8 +36,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scales")
     run = save_teacher(folder / "teacher", small_denoiser())
     settings = {"pairs": COUNT, "steps": 2, "seed": 5, "shard": 8}
-    collect(run, folder / "ranged", **settings, guidance=1.0, guidance_max=4.0, batch=3)
-    collect(run, folder / "fixed", **settings, guidance=3.0)
+    collect(run, folder / "ranged", **settings, guidance_max=4.0, batch=3)
+    collect(run, folder / "fixed", **settings, sampling=SamplingOptions(guidance=3.0))
     collect(run, folder / "plain", **settings)
     writer = ShardWriter(folder / "latents", "latents", {"classes": ["a", "b", "c"]}, 6, 6)
     writer.write(0, [latent_sample(f"{i:09d}", noise(9, i, SHAPE), i % 3) for i in range(6)])
@@ -136,9 +138,8 @@ def test_the_student_is_conditioned_on_the_scale_of_every_sample(ranged):
     student = small_denoiser(guidance_embedded=True).requires_grad_(True)
     objective = RecordingObjective()
     module = Generator(student, objective, ClassLabel(3))
-    batch = ranged.read(np.arange(8))
-    batch.size = 8
-    module.training_step(batch, 0).backward()
+    batch = replace(ranged.read(np.arange(8)), size=8)
+    module.training_step(batch, 0)["loss"].backward()
     conditioned, x, eps, cond = objective.given
 
     # The objective's denoiser is the student with the batch's scales.

@@ -92,8 +92,8 @@ def test_the_loss_is_zero_only_at_the_truth(interpolant):
     eps = torch.randn(64, 1, 2, 2, dtype=torch.float64)
     data = x.expand_as(eps)
     objective = Shortcut(measure=Velocity())
-    assert objective(PointJumps(interpolant, x), data, eps) < 1e-9
-    assert objective(PointJumps(interpolant, x + 0.1), data, eps) > 1e-4
+    assert objective(PointJumps(interpolant, x), data, eps).total < 1e-9
+    assert objective(PointJumps(interpolant, x + 0.1), data, eps).total > 1e-4
 
 
 @every_interpolant
@@ -119,7 +119,7 @@ def test_the_gradient_points_to_the_truth_and_does_not_reach_the_half_jumps(inte
         value = torch.as_tensor(value, dtype=torch.float64)
         student = ShiftedVelocity(interpolant, value, held_error)
         torch.manual_seed(1)
-        return Shortcut()(student, 0.5 + 0.7 * z, eps)
+        return Shortcut()(student, 0.5 + 0.7 * z, eps).total
 
     slope = derivative(loss, error)
     assert slope == pytest.approx(central_difference(loss, error, 1e-3), rel=1e-5)
@@ -134,8 +134,7 @@ def test_ranks_share_the_work_of_the_global_batch():
     def times_and_errors(first, last):
         objective = Shortcut()
         random = StepRandom(Batch(x[first:last], True, seed=3, step=5, start=first, size=96))
-        objective(Flow(Linear()), x[first:last], eps[first:last], None, random)
-        return objective.per_sample
+        return objective(Flow(Linear()), x[first:last], eps[first:last], None, random).per_sample
 
     whole = times_and_errors(0, 96)
     slices = zip(times_and_errors(0, 30), times_and_errors(30, 96), strict=True)

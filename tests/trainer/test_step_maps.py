@@ -17,6 +17,7 @@ from tests.helpers.denoisers import (
     central_difference,
     derivative,
     seeded_loss,
+    seeded_result,
 )
 from tests.helpers.refusals import refused
 from tests.oracle import Flow, single
@@ -55,7 +56,7 @@ def train_affine(objective, interpolant, x, eps, times):
 
     def loss(weights):
         torch.manual_seed(0)
-        return objective(AffineDenoiser(interpolant, times, weights), x, eps)
+        return objective(AffineDenoiser(interpolant, times, weights), x, eps).total
 
     start = torch.zeros(len(times) - 1, 2, dtype=torch.float64)
     slope = torch.autograd.functional.jacobian(loss, start).flatten()
@@ -150,10 +151,10 @@ def test_the_gradient_is_the_finite_difference_and_points_to_the_truth(interpola
 )
 def test_times_and_errors_of_the_samples_are_recorded_as_in_matching(options):
     objective = StepMaps(TIMES, FixedTeacher(Flow(Linear())), steps=1, **options)
-    loss = seeded_loss(objective, exact_student(Linear(), 0.2))
-    times, errors = objective.per_sample
+    loss = seeded_result(objective, exact_student(Linear(), 0.2))
+    times, errors = loss.per_sample
     assert set(times.tolist()) == set(torch.tensor(TIMES[:-1]).tolist())
-    assert loss.item() == pytest.approx(errors.mean().item())
+    assert loss.total.item() == pytest.approx(errors.mean().item())
 
 
 def test_two_time_students_learn_the_jump():

@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from data.datamodule import DataModule
+from data.images import Images
 from data.noise import noise
 from data.pack import pack
 from models.checkpoint import load_checkpoint
@@ -278,7 +280,8 @@ def test_a_run_without_a_generator_is_refused(config, tmp_path, capfd):
 
 
 def test_more_processes_than_samples_are_refused(images):
-    run = SimpleNamespace(world_size=65, datamodule=SimpleNamespace(heldout=images))
+    heldout = Images(str(images / "heldout"))
+    run = SimpleNamespace(world_size=65, datamodule=DataModule(heldout, batch=1, heldout=heldout))
     net = DiT(**SMALL_DIT["init_args"])
     with refused("TrajectoryMetrics", "samples", 64, 65):
         TrajectoryMetrics().setup(run, Generator(Denoiser(net, Linear(), Velocity())), "fit")

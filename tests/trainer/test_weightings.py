@@ -11,7 +11,7 @@ from models.nets.mlp import MLP
 from models.nets.unit_variance import UnitVariance
 from models.prediction import Data, NoisePrediction, Score, Velocity, VPrediction
 from tests.examples import PREDICTIONS, every_interpolant, every_prediction
-from tests.helpers.denoisers import seeded_loss
+from tests.helpers.denoisers import seeded_loss, seeded_result
 from tests.helpers.refusals import refused
 from tests.oracle import Mixture, single
 from trainer.objectives import Matching
@@ -138,7 +138,7 @@ def test_the_exact_denoiser_has_the_least_loss_in_every_prediction(interpolant, 
     def loss(error):
         torch.manual_seed(1)  # not the seed of the modes
         objective = Matching(LogitNormal(0.5, 0.5), prediction)
-        return objective(ShiftedDenoiser(exact, error), x, eps).item()
+        return objective(ShiftedDenoiser(exact, error), x, eps).total.item()
 
     below = loss(-0.15)
     least = loss(0.0)
@@ -164,8 +164,8 @@ def test_the_default_is_the_plain_squared_error_bit_for_bit():
     x_hat, eps_hat = denoiser(interpolant.mix(x, eps, t), t)
     squares = NoisePrediction().target(interpolant, x_hat - x, eps_hat - eps, t).square()
 
-    assert torch.equal(found, squares.mean())
-    times, errors = objective.per_sample
+    assert torch.equal(found.total, squares.mean())
+    times, errors = found.per_sample
     assert torch.equal(times, t)
     assert torch.equal(errors, squares.flatten(1).mean(1))
 
@@ -174,11 +174,11 @@ def test_the_default_is_the_plain_squared_error_bit_for_bit():
 @pytest.mark.parametrize("weighting", [None, MinSNR()], ids=class_name)
 def test_the_loss_is_the_mean_of_the_recorded_errors(distance, weighting):
     objective = Matching(LogitNormal(), None, weighting, distance)
-    loss = seeded_loss(objective, single(Linear())).item()
-    times, errors = objective.per_sample
+    loss = seeded_result(objective, single(Linear()))
+    times, errors = loss.per_sample
     assert times.shape == errors.shape == (64,)
-    assert loss == pytest.approx(errors.mean().item(), rel=1e-6)
-    assert loss > 0
+    assert loss.total.item() == pytest.approx(errors.mean().item(), rel=1e-6)
+    assert loss.total > 0
 
 
 @every_distance
@@ -267,7 +267,7 @@ def test_errors_of_a_unit_variance_network_count_alike_at_every_level(interpolan
     denoiser = Denoiser(net, interpolant, prediction)
     x, eps = torch.randn(2, 6, 2, 1, 1)
     t = torch.rand(6) * 0.9 + 0.05
-    found = Matching(weighting=EDM(1.0)).loss_at(denoiser, x, eps, t)
+    found = Matching(weighting=EDM(1.0)).loss_at(denoiser, x, eps, t).total
 
     # a new MLP has the output F = 0
     alpha, sigma = interpolant(t)

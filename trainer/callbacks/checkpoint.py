@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from data.files import remove, remove_leftovers
 from trainer.callbacks.loss_guard import LossGuard
 from trainer.engine.fsdp import FSDP2, to_local
+from trainer.engine.trainer_parts import find_callback
 
 PATTERN = "step=*.ckpt"  # the names of a run's checkpoints
 
@@ -133,9 +134,9 @@ class Checkpoints(Checkpoint):
         if trainer.global_step == self.saved:
             return
         # Never save a bad state. The loss may be finite while its gradient is not.
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LossGuard):
-                callback.check_losses(trainer)
+        guard = find_callback(trainer, LossGuard)
+        if guard:
+            guard.check_losses(trainer)
         check_weights_finite(trainer)
 
         # Save, and delete older checkpoints.

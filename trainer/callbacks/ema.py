@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from data.files import atomic_file
 from models.tensors import to_safetensors
 from trainer.engine.fsdp import to_local
+from trainer.engine.trainer_parts import find_callback
+from trainer.module import Generator
 from trainer.posthoc_ema import exponent
 
 
@@ -57,9 +59,18 @@ class EMA(Callback):
             decays[name] = (1 - 1 / self.step) ** (power + 1)
         return decays
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that the run trains a generator."""
+        if not isinstance(pl_module, Generator):
+            raise ValueError(
+                f"EMA: averages the weights of generators, not of {type(pl_module).__name__}; "
+                "remove it from trainer.callbacks"
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with the current weights, or with the averages of a checkpoint."""
-        weights = pl_module.denoiser.state_dict()  # type: ignore[union-attr]
+        assert isinstance(pl_module, Generator)
+        weights = pl_module.denoiser.state_dict()
         self.step = trainer.global_step
         for name in ("", *self.powers):
             start = self.averages.get(name) or weights
@@ -68,7 +79,7 @@ class EMA(Callback):
                 averages[key] = copy_like(start[key], weight)
             self.averages[name] = averages
         # Some objectives evaluate the denoiser with its averages.
-        pl_module.denoiser.averages = self.averages[""]  # type: ignore[union-attr]
+        pl_module.denoiser.averages = self.averages[""]
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -76,7 +87,8 @@ class EMA(Callback):
         if trainer.global_step == self.step:
             return  # gradients are still accumulating
         self.step = trainer.global_step
-        state = pl_module.denoiser.state_dict()  # type: ignore[union-attr]
+        assert isinstance(pl_module, Generator)
+        state = pl_module.denoiser.state_dict()
         weights = [to_local(value) for value in state.values()]
         for name, decay in self._compute_decays().items():
             averages = [to_local(value) for value in self.averages[name].values()]
@@ -121,7 +133,5 @@ class EMA(Callback):
 
 def find_averages(trainer: Trainer) -> dict[str, Tensor]:
     """Return the averages, with `decay`, of a run's EMA; none if the run has no EMA."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EMA):
-            return callback.averages.get("", {})
-    return {}
+    ema = find_callback(trainer, EMA)
+    return ema.averages.get("", {}) if ema else {}

@@ -1,6 +1,5 @@
 """Stops runs whose loss is not finite; explains errors about memory."""
 
-import sys
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -10,7 +9,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from data.batch import Batch, IndexedDataset
+from data.progress import print_message
 from trainer.engine.fsdp import to_local
+from trainer.engine.trainer_parts import find_callback, find_datamodule
+from trainer.step_outputs import PerSample
 
 MAX_INDICES = 8  # samples that an error lists
 
@@ -23,14 +25,14 @@ class MicroBatch(NamedTuple):
         position: of its first sample in the sequence of all samples of the run.
         seed: of the sequence.
         loss: its loss, as returned by the training step.
-        per_sample: (times, distances) of its samples, if the objective records them.
+        per_sample: of its samples, if the loss is one of single samples.
     """
 
     step: int
     position: int
     seed: int
     loss: Tensor
-    per_sample: tuple[Tensor, Tensor] | None
+    per_sample: PerSample | None
 
 
 class LossGuard(Callback):
@@ -108,11 +110,9 @@ class LossGuard(Callback):
                 "lower optimizer.lr or set trainer.gradient_clip_val, and run again"
             )
         if trainer.is_global_zero:
-            print(
+            print_message(
                 f"loss_guard: skipped step {trainer.global_step}, whose gradients are not finite "
-                f"({self.skipped} so far)",
-                file=sys.stderr,
-                flush=True,
+                f"({self.skipped} so far)"
             )
 
     def on_train_batch_end(
@@ -124,7 +124,7 @@ class LossGuard(Callback):
             position=batch.step * batch.size + batch.start,
             seed=batch.seed,
             loss=outputs["loss"].detach(),
-            per_sample=find_per_sample(pl_module),
+            per_sample=outputs.get("per_sample"),
         )
         self.recent.append(micro_batch)
         if trainer.global_step % self.every == 0:
@@ -170,15 +170,16 @@ class LossGuard(Callback):
         times = torch.zeros(0)
         distances = torch.full(self.shape[:1], torch.nan)
         if part.per_sample is not None:
-            times, distances = part.per_sample
+            times = part.per_sample.times
+            distances = part.per_sample.distances
         is_bad = ~(distances.abs() <= self.limit)
         positions = is_bad.nonzero().flatten().tolist()
 
         # What is known about them.
         facts = [f"{len(positions)} samples"]
-        source = trainer.datamodule.source  # type: ignore[attr-defined]
-        if isinstance(source, IndexedDataset) and positions:
-            order = source.order(part.seed)
+        datamodule = find_datamodule(trainer)
+        if datamodule and isinstance(datamodule.source, IndexedDataset) and positions:
+            order = datamodule.source.order(part.seed)
             indices = []
             for position in positions[:MAX_INDICES]:
                 indices.append(int(order.indices(part.position + position, 1)[0]))
@@ -189,24 +190,17 @@ class LossGuard(Callback):
         return f" ({', '.join(facts)})"
 
 
-def find_per_sample(module: LightningModule) -> tuple[Tensor, Tensor] | None:
-    """Return (times, distances) of the last batch's samples, if the module's objective has them."""
-    objective = getattr(module, "objective", None)
-    return getattr(objective, "per_sample", None)
-
-
 def out_of_memory(error: Exception, trainer: Trainer) -> str | None:
     """Return what to change if an error means that training ran out of memory, else None."""
     if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
         return None
-    shape: tuple[int, ...] = ()
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, LossGuard):
-            shape = callback.shape
-    batch = trainer.datamodule.batch  # type: ignore[attr-defined]
+    guard = find_callback(trainer, LossGuard)
+    datamodule = find_datamodule(trainer)
+    assert guard is not None and datamodule is not None
     return (
         f"{trainer.default_root_dir}: out of memory at step {trainer.global_step} with a batch of "
-        f"{shape} on each process (data.batch {batch}, {trainer.world_size} processes, "
+        f"{guard.shape} on each process (data.batch {datamodule.batch}, {trainer.world_size} "
+        "processes, "
         f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches}): "
         "raise trainer.accumulate_grad_batches, set model.recompute, or lower data.batch"
     )

@@ -11,19 +11,18 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from data.files import atomic_file, errors_named
+from data.files import atomic_file
 from data.progress import Meter
-from data.schema import COUNT, check_schema
-from models.denoiser import Denoiser
-from trainer.callbacks.loss_guard import find_per_sample
+from trainer.run_log import read_log
+from trainer.step_outputs import PerSample, StepOutputs
 
 
 class MetricsLog(Callback):
     """Appends lines of {"step", "seconds", "loss", ...} to RUN/metrics.jsonl and to the logger.
 
-    A line has all that the training step returns, averaged over the global batch. A resumed run
-    first removes the lines after the step that it resumes from. Lightning's `log` is not used: it
-    takes half a millisecond in every step.
+    A line has the loss and its parts by name, averaged over the global batch; a part that a step
+    does not have is left out. A resumed run first removes the lines after the step that it resumes
+    from. Lightning's `log` is not used: it takes half a millisecond in every step.
 
     `loss_t0`, `loss_t1`, ... are the mean losses of the samples whose t lies in each of equal parts
     of [0, 1]; a part without samples is left out.
@@ -46,18 +45,13 @@ class MetricsLog(Callback):
         self.bins = bins
         self.step = -1
 
-        # Of the micro-batches of this step: what the training step returned, and (times,
-        # distances) of their samples if the objective records them.
-        self.outputs: list[dict[str, Tensor]] = []
-        self.per_sample: list[tuple[Tensor, Tensor]] = []
+        # What the training step returned for the micro-batches of this step.
+        self.outputs: list[StepOutputs] = []
 
         # Evaluations up to the checkpoint that was loaded; None if it has no count.
         self.loaded_evaluations: int | None = 0
-        # Evaluations of this rank since then: in finished steps, and in the unfinished one.
+        # Evaluations of this rank since then, in finished steps.
         self.evaluations = 0
-        self.unfinished_evaluations = 0
-        # `Denoiser.evaluations_made` when it was last read.
-        self.last_count = 0
 
         self.open_meter = ExitStack()
 
@@ -66,8 +60,6 @@ class MetricsLog(Callback):
         # Start counting.
         self.step = trainer.global_step
         self.began = time.monotonic()
-        self.last_count = Denoiser.evaluations_made
-        self.unfinished_evaluations = 0
         self.evaluations = 0
 
         # Start the meter.
@@ -89,10 +81,6 @@ class MetricsLog(Callback):
         """Record a micro-batch; after an optimizer step, write a line if one is due."""
         # Record the micro-batch.
         self.outputs.append(outputs)
-        self._count_evaluations()
-        per_sample = find_per_sample(pl_module)
-        if per_sample is not None:
-            self.per_sample.append(per_sample)
         step = trainer.global_step
         if step == self.step:
             return  # gradients are still accumulating
@@ -101,40 +89,38 @@ class MetricsLog(Callback):
         self.meter.add(step - self.step)
         self.step = step
         step_outputs = self.outputs
-        step_samples = self.per_sample
         self.outputs = []
-        self.per_sample = []
-        self.evaluations += self.unfinished_evaluations
-        self.unfinished_evaluations = 0
+        for micro_batch in step_outputs:
+            self.evaluations += micro_batch.get("evaluations", 0)
 
         # Write a line.
         if step % self.every == 0 or step == trainer.max_steps:
-            values = self._average(trainer, step_outputs, step_samples)
+            values = self._average(trainer, step_outputs)
             self._write(trainer, values)
             self.meter.add(0, f"loss {values['loss']:.4f}")
 
-    def _average(
-        self,
-        trainer: Trainer,
-        outputs: list[dict[str, Tensor]],
-        samples: list[tuple[Tensor, Tensor]],
-    ) -> dict[str, float]:
+    def _average(self, trainer: Trainer, outputs: list[StepOutputs]) -> dict[str, float]:
         """Return the values of a line: means over the micro-batches of a step on all ranks."""
         strategy = trainer.strategy
 
         # Means over this rank's micro-batches. Lightning has divided each loss by their number.
-        means = {}
-        for name in outputs[0]:
-            values_of_parts = [part[name].detach() for part in outputs]
-            means[name] = torch.stack(values_of_parts).mean()
-        means["loss"] *= len(outputs)
+        losses = [micro_batch["loss"] for micro_batch in outputs]
+        means = {"loss": torch.stack(losses).mean() * len(outputs)}
+        for name in outputs[0].get("parts", {}):
+            parts = [micro_batch["parts"][name] for micro_batch in outputs]
+            means[name] = torch.stack(parts).mean()
 
-        # Means over ranks.
+        # Means over ranks, all of which have the same parts.
         values = {}
         for name, value in means.items():
             values[name] = strategy.reduce(value, reduce_op="mean").item()
 
         # Losses by time.
+        samples = []
+        for micro_batch in outputs:
+            per_sample = micro_batch.get("per_sample")
+            if per_sample is not None:
+                samples.append(per_sample)
         if samples and self.bins:
             values |= average_by_time(
                 samples, self.bins, lambda sums: strategy.reduce(sums, reduce_op="sum")
@@ -145,12 +131,6 @@ class MetricsLog(Callback):
         if evaluations:
             values["evaluations"] = evaluations
         return values
-
-    def _count_evaluations(self) -> None:
-        """Add the evaluations since the last count to those of the unfinished step."""
-        count = Denoiser.evaluations_made
-        self.unfinished_evaluations += count - self.last_count
-        self.last_count = count
 
     def _total_evaluations(self, trainer: Trainer) -> int | None:
         """Return the evaluations in all finished steps on all ranks; None if some have no count."""
@@ -170,13 +150,8 @@ class MetricsLog(Callback):
         """Load the number of evaluations."""
         self.loaded_evaluations = checkpoint.get("evaluations")
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the evaluations before the validation, which is not training."""
-        self._count_evaluations()
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write all that the validation logged into a separate line."""
-        self.last_count = Denoiser.evaluations_made
         if trainer.sanity_checking:
             return
         values = {}
@@ -199,19 +174,19 @@ class MetricsLog(Callback):
 
 
 def average_by_time(
-    samples: list[tuple[Tensor, Tensor]], bins: int, total: Callable[[Tensor], Tensor]
+    samples: list[PerSample], bins: int, total: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
     """Return the mean loss in each bin of [0, 1] that has samples: loss_t0, loss_t1, ...
 
     Args:
-        samples: (times, distances) of samples, (B,) each.
+        samples: of the micro-batches.
         bins: number of equal parts of [0, 1].
         total: sums a tensor over the ranks. It receives sums and counts, so that a rank may have
             no samples in a bin.
     """
     # Each sample's bin.
-    times = torch.cat([part for part, _ in samples])
-    distances = torch.cat([part for _, part in samples])
+    times = torch.cat([part.times for part in samples])
+    distances = torch.cat([part.distances for part in samples])
     indices = (times * bins).long().clamp(0, bins - 1)
 
     # Sum and count in each bin, over all ranks.
@@ -223,19 +198,3 @@ def average_by_time(
         if counts[i]:
             means[f"loss_t{i}"] = sums[i] / counts[i]
     return means
-
-
-def read_log(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Return the lines of a log, and their values.
-
-    The last line is left out if it is incomplete, because the run was killed while writing it.
-    """
-    log = []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    with errors_named(path):
-        for line in lines:
-            log.append((line, json.loads(line)))
-    for number, (_, values) in enumerate(log, 1):
-        loss = "heldout_loss" if "heldout_loss" in values else "loss"
-        check_schema(values, {"step": COUNT, loss: float}, f"{path}: line {number}")
-    return log

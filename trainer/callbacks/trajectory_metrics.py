@@ -12,6 +12,7 @@ from data.noise import noises
 from trainer.callbacks.ema import find_averages
 from trainer.conditions import encode_condition, requested_conditions
 from trainer.engine.fsdp import to_local
+from trainer.engine.trainer_parts import find_datamodule
 from trainer.metrics.trajectories import measure_trajectories
 from trainer.module import Generator
 
@@ -86,8 +87,8 @@ def check_validates_generator(
             f"{name}: measures generators, not {type(module).__name__}; "
             "remove it from trainer.callbacks"
         )
-    datamodule = getattr(trainer, "datamodule", None)
-    if getattr(datamodule, "heldout", None) is None:
+    datamodule = find_datamodule(trainer)
+    if datamodule is None or datamodule.heldout is None:
         raise ValueError(
             f"{name}: measures in validations, but there is no data.heldout; "
             "set it, or remove the callback from trainer.callbacks"

@@ -1,8 +1,4 @@
-"""What is changed in Lightning, all in one place.
-
-- `checkpoint_io`: checkpoints are written atomically and read without running code.
-- `fast_loop`: a training step without Lightning's bookkeeping that such a step does not need.
-- `fsdp`: sharded training with FSDP2, and sharded checkpoints that are written in the background.
+"""What is changed in Lightning, all in one place: see README.md.
 
 Callbacks that only use Lightning's public interface are in `trainer.callbacks`.
 """

@@ -25,4 +25,4 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
         """Return a checkpoint, on the CPU."""
-        return read_checkpoint(path)
+        return read_checkpoint(path, resume=True)

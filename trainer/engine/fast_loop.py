@@ -1,8 +1,9 @@
-"""A training step without Lightning's bookkeeping that it does not need.
+"""A training step without Lightning's bookkeeping that it does not need (`--fast_loop true`).
 
 In every step Lightning makes some five hundred checks and calls, most of which have the same result
 in every step of a run. This loop decides them once, and calls only the hooks that do something.
-Weights, logged values, the order of hooks and all of Lightning's counters are the same.
+Weights, logged values, the order of hooks and all of Lightning's counters are the same. README.md
+says what it buys and what it costs.
 """
 
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from data.datamodule import DataModule
+from trainer.engine.trainer_parts import parts_of
 
 # Hooks of a step that callbacks and the module have; those of LightningModule do nothing.
 STEP_HOOKS: tuple[str, ...] = (
@@ -65,6 +67,7 @@ class DirectHooks:
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
+        self.parts = parts_of(trainer)
         self.originals: dict[str, Callable[..., Any]] = {}
         for function, method in REPLACEMENTS.items():
             self.originals[method] = getattr(call, function)
@@ -78,7 +81,7 @@ class DirectHooks:
     def callback_hooks(self) -> dict[str, list[Callable[..., None]]]:
         """The hooks of callbacks that do something in this run, by name."""
         hooks: dict[str, list[Callable[..., None]]] = {name: [] for name in STEP_HOOKS}
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in self.parts.callbacks:
             if isinstance(callback, MayBeIdle) and callback.idle:
                 continue
             for name in STEP_HOOKS:
@@ -127,7 +130,7 @@ class DirectHooks:
 
     def call_strategy(self, trainer: Trainer, name: str, *args: Any, **options: Any) -> Any:
         """Call a hook of the strategy; a `Batch` moves itself to the device."""
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        datamodule = self.parts.datamodule
         moves_batch = name == "batch_to_device" and isinstance(args[0], Batch)
         if moves_batch and isinstance(datamodule, DataModule):
             batch = args[0].to(trainer.strategy.root_device)
@@ -291,12 +294,22 @@ def loss_by_name(returned: Any) -> dict[str, Any]:
 
 @contextmanager
 def fast_loop(trainer: Trainer) -> Iterator[None]:
-    """Use the fast loop for a fit inside the block, unless the trainer has a profiler."""
+    """Use the fast loop for a fit inside the block.
+
+    Raises:
+        ValueError: the trainer has a profiler, which measures what this loop leaves out.
+    """
+    # Set the loop.
     hooks = DirectHooks(trainer)
-    if isinstance(trainer.profiler, PassThroughProfiler):  # type: ignore[attr-defined]
-        trainer.fit_loop.epoch_loop = FastLoop(trainer, hooks)
-        for function, method in REPLACEMENTS.items():
-            setattr(call, function, getattr(hooks, method))
+    if not isinstance(hooks.parts.profiler, PassThroughProfiler):
+        raise ValueError(
+            "fast_loop: trainer.profiler measures Lightning's own loop; leave out one of the two"
+        )
+    trainer.fit_loop.epoch_loop = FastLoop(trainer, hooks)
+
+    # Replace Lightning's functions, and restore them at the end.
+    for function, method in REPLACEMENTS.items():
+        setattr(call, function, getattr(hooks, method))
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from data.files import atomic_folder, canonical, checksum
+from data.files import atomic_folder, canonical, file_checksum
 from models import sharded
 from models.checkpoint import read_checkpoint
 from models.tensors import save_nested
@@ -132,7 +132,7 @@ class FSDP2(ModelParallelStrategy):
             writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=self._group)
             for path in folder.glob(f"shard-{self.global_rank + 1:05d}-*.safetensors"):
-                checksums[path.name] = checksum(path)
+                checksums[path.name] = file_checksum(path)
         except (Exception, CheckpointException) as error:
             failure = describe_error(error)
             checksums = {}
@@ -179,7 +179,7 @@ class FSDP2(ModelParallelStrategy):
                     raise OSError(failure)
                 with (folder / sharded.REST).open("wb") as file:
                     save_nested(rest, file)
-                checksums[sharded.REST] = checksum(folder / sharded.REST)
+                checksums[sharded.REST] = file_checksum(folder / sharded.REST)
                 (folder / sharded.CHECKSUMS).write_bytes(canonical(checksums))
         except Exception as error:
             return failure or describe_error(error)
@@ -209,7 +209,7 @@ class FSDP2(ModelParallelStrategy):
         if is_sharded:
             checkpoint = sharded.read(path, self.device_mesh["data_parallel"])
         else:
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_checkpoint(path, resume=True)
 
         # Load the weights and the optimizers' states.
         options = StateDictOptions(full_state_dict=not is_sharded)

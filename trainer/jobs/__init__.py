@@ -1,1 +1,1 @@
-"""Jobs that torchrun spreads over processes: one file per verb of `rectify`."""
+"""Verbs that compute with trained networks: one file each, of its name, and what they share."""

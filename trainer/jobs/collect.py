@@ -11,15 +11,14 @@ from torch import Tensor
 
 from data.noise import guidance_scales
 from data.pairs import PairWriter
-from models import sampler as samplers
-from models.checkpoint import fingerprint, load_checkpoint
-from models.condition import Condition
-from models.denoiser import Denoiser
+from models.checkpoint import fingerprint
+from models.condition import ClassLabel
 from models.description import describe
-from models.diffusers.text import Prompts, with_prompts
-from models.guidance import with_guidance
+from models.diffusers.text import Prompts
 from trainer.conditions import encode_condition, requested_conditions
 from trainer.jobs import job
+from trainer.jobs.options import DEFAULT_SAMPLING, DeterministicSampler, SamplingOptions
+from trainer.jobs.sampling_model import SamplingModel, check_guidance_options
 
 log = logging.getLogger(__name__)
 
@@ -33,23 +32,25 @@ class ShardContent(NamedTuple):
     scales: Tensor | None = None  # guidance scales, (n,); None: the same scale for every pair
 
 
-def provenance(denoiser: Denoiser, condition: Condition) -> dict[str, Any]:
-    """Return what the manifest of a pair set records of the teacher and its prompts."""
+def provenance(teacher: SamplingModel) -> dict[str, Any]:
+    """Return what the manifest of a pair set records of the teacher and its prompts.
+
+    Options of sampling that are not the default are among it.
+    """
     record = {
-        "teacher": fingerprint(denoiser),
-        "interpolant": describe(denoiser.interpolant),
-        "prediction": describe(denoiser.prediction),
+        "teacher": fingerprint(teacher.denoiser),
+        "interpolant": describe(teacher.denoiser.interpolant),
+        "prediction": describe(teacher.denoiser.prediction),
     }
-    if isinstance(condition, Prompts):
-        record["prompts"] = condition.digest
-    return record
+    if isinstance(teacher.condition, Prompts):
+        record["prompts"] = teacher.condition.digest
+    return record | teacher.record_options()
 
 
 def sample_batches(
     sampler: Callable[..., Tensor],
-    denoiser: Denoiser,
+    teacher: SamplingModel,
     states: Tensor,
-    condition: Condition,
     raw: Tensor | None,
     guidance: float | Tensor,
     batch: int,
@@ -59,9 +60,8 @@ def sample_batches(
 
     Args:
         sampler: called as sampler(denoiser, states, cond).
-        denoiser: the teacher.
+        teacher: the teacher.
         states: where the sampler starts, (n, C, H, W).
-        condition: the teacher's condition.
         raw: raw conditions, (n,), or None.
         guidance: one guidance scale, or one for each state, (n,).
         batch: states in a batch.
@@ -76,9 +76,9 @@ def sample_batches(
         scale = guidance
         if isinstance(guidance, Tensor):
             scale = guidance[part].to(device)
-        guided = with_guidance(denoiser, scale).to(device)
-        cond = encode_condition(condition, None if raw is None else raw[part], device)
-        final = sampler(guided, states[part].to(device), cond)
+        raw_part = None if raw is None else raw[part]
+        cond = encode_condition(teacher.condition, raw_part, device)
+        final = sampler(teacher.guide(scale), states[part].to(device), cond)
         results.append(final.cpu())
     return torch.cat(results)
 
@@ -118,15 +118,14 @@ def collect(
     out: Path,
     pairs: int = 10_240,
     steps: int = 32,
-    sampler: job.DeterministicSampler = "DDIM",
-    guidance: float = 1.0,
+    sampler: DeterministicSampler = "DDIM",
+    sampling: SamplingOptions = DEFAULT_SAMPLING,
     guidance_max: float | None = None,
     seed: int = 1,
     shard: int = 512,
     batch: int = 256,
     store_noise: bool = False,
     classes: int | None = None,
-    prompts: Path | None = None,
     lease: float = 0.0,
 ) -> None:
     """Collect (noise, sample) pairs from a teacher's EMA weights.
@@ -143,7 +142,7 @@ def collect(
         steps: steps of the teacher's sampler.
         sampler: the teacher's sampler. Second-order samplers make two evaluations per step
             (DPMSolver2M makes one), RungeKutta4 makes four.
-        guidance: guidance scale w of u + w (c - u), which becomes part of the pairs; 1 is none.
+        sampling: guidance, which becomes part of the pairs, times and interpolant.
         guidance_max: sample each pair at a random guidance scale, uniform from `guidance` to this
             value, and record it: for a student whose network reads the scale
             (`guidance_embedded`).
@@ -152,8 +151,6 @@ def collect(
         batch: samples generated at once.
         store_noise: store each noise beside its sample, too.
         classes: use only the first `classes` classes of the teacher; all by default, in turn.
-        prompts: for a text-to-image teacher: a text file with one prompt on each line, used in
-            turn. The set records its digest.
         lease: 0 divides the shards among the processes by rank. Otherwise processes, which may
             differ in speed, join and leave, claim shards through files in the folder, and a claim
             expires if it is not renewed within this many seconds (60, for example).
@@ -161,18 +158,23 @@ def collect(
     # Check the options, and load the teacher.
     if batch < 1:
         raise ValueError(f"batch is {batch}; it must be at least 1")
+    guidance = sampling.guidance
     if guidance_max is not None and not guidance < guidance_max:
         raise ValueError(
             f"guidance_max is {guidance_max}; it must be larger than guidance ({guidance})"
         )
     state = job.start()
-    denoiser, _, condition = load_checkpoint(teacher)
-    condition = with_prompts(condition, prompts, teacher)
-    integrator = getattr(samplers, sampler)(steps)
+    costliest = guidance  # a scale of 1 costs half
+    if guidance_max not in (None, 1):
+        costliest = guidance_max
+    model = SamplingModel(teacher, sampling, costliest, state.device)
+    check_guidance_options(sampling, [model])
+    integrator = model.build_sampler(sampler, steps)
+    evaluations = integrator.nfe(model.guide(costliest))
 
     # What the set is: another plan in the same folder is an error.
     plan = {
-        **provenance(denoiser, condition),
+        **provenance(model),
         "sampler": sampler,
         "steps": steps,
         "guidance": guidance if guidance_max is None else [guidance, guidance_max],
@@ -180,24 +182,25 @@ def collect(
         "dtype": "float16",
     }
     if classes is not None:
-        available = getattr(condition, "classes", 0)
+        available = 0
+        if isinstance(model.condition, ClassLabel):
+            available = model.condition.classes
         if not 1 <= classes <= available:
             raise ValueError(f"classes is {classes}; {teacher} has {available} classes")
         plan["requested_classes"] = classes
-    writer = PairWriter(out, plan, pairs, seed, denoiser.shape, shard, store_noise)
+    writer = PairWriter(out, plan, pairs, seed, model.denoiser.shape, shard, store_noise)
 
     def make(number: int) -> ShardContent:
         indices = writer.shards.indices(number)
-        raw = requested_conditions(condition, indices, classes)
+        raw = requested_conditions(model.condition, indices, classes)
         eps = writer.noise(number)
         scales = None
         if guidance_max is not None:
             scales = guidance_scales(seed, indices, guidance, guidance_max)
         samples = sample_batches(
             integrator,
-            denoiser,
+            model,
             eps,
-            condition,
             raw,
             guidance if scales is None else scales,
             batch,
@@ -205,6 +208,4 @@ def collect(
         )
         return ShardContent(samples, raw, eps, scales)
 
-    # Write the shards.
-    guided = with_guidance(denoiser, guidance_max or guidance)
-    write_missing_shards(writer, make, state, lease, "collect", integrator.nfe(guided))
+    write_missing_shards(writer, make, state, lease, "collect", evaluations)

@@ -45,7 +45,7 @@ def encode(images: Path, codec: Path, out: Path, shard: int = 1024, lease: float
     The codec, with the scale that gives the latents unit variance, is written to OUT/codec.
 
     Args:
-        images: a set made by `rectify pack` (its train split, for example).
+        images: a set made by `rectify pack`, usually its train split.
         codec: an autoencoder's run folder, or the folder of any diffusers AutoencoderKL.
         out: folder for the set.
         shard: latents in one shard.

@@ -10,20 +10,23 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from PIL import Image
 from torch import Tensor
 
 from data.files import atomic_path, canonical, digest, file_digest, read_json, write_json
 from data.images import Images, read_all
-from data.noise import noises, step_noise
 from data.progress import Meter
-from models import sampler as samplers
-from models.checkpoint import fingerprint, load_checkpoint
-from models.codec import KL, Codec, to_uint8
-from models.diffusers.text import Prompts, with_prompts
-from models.guidance import with_guidance
-from trainer.conditions import encode_condition, requested_conditions
+from models.codec import KL, Codec
+from models.condition import ClassLabel
+from models.diffusers.text import Prompts
 from trainer.jobs import job
+from trainer.jobs.options import (
+    DEFAULT_SAMPLING,
+    AnySampler,
+    DeterministicSampler,
+    SamplingOptions,
+)
+from trainer.jobs.run_sampler import RunSampler, tile_images
+from trainer.jobs.sampling_model import check_guidance_options
 from trainer.metrics.classifier import load_or_train_classifier
 from trainer.metrics.extractor import Extractor, FeatureFunction, ResizeFilter
 from trainer.metrics.sample_distances import frechet_distance, nearest_distance, recall
@@ -35,101 +38,18 @@ GRID_ROWS = 4
 GRID_COLUMNS = 10  # without classes; else a column for each class
 
 
-class RunSampler:
-    """Generates images from a run, each from the noise of its index.
-
-    An image depends on its index, not on the others that are generated with it.
-
-    Args:
-        run: run folder or checkpoint.
-        guidance: guidance scale.
-        seed: seed of the noises.
-        state: this process.
-        sampler: name of the sampler.
-        edges: window edges, falling from 1 to 0; the sampler steps on all of them.
-        prompts: file of prompts; by default the ones that the run was trained on.
-    """
-
-    classes: int | None = None  # use only the first `classes` classes; None: all
-
-    def __init__(
-        self,
-        run: Path,
-        guidance: float,
-        seed: int,
-        state: PartialState,
-        sampler: job.AnySampler = "DDIM",
-        edges: list[float] | None = None,
-        prompts: Path | None = None,
-    ):
-        denoiser, codec, condition = load_checkpoint(run)
-        self.condition = with_prompts(condition, prompts, run)
-        self.denoiser = with_guidance(denoiser, guidance).to(state.device)
-        self.codec = codec.to(state.device)
-        self.fingerprint = fingerprint(denoiser)
-        self.shape = denoiser.shape
-        self.run = run
-        self.seed = seed
-        self.state = state
-        self.edges = edges
-        self.sampler = sampler
-
-    def with_sampler(self, sampler: job.AnySampler) -> "RunSampler":
-        """Switch to another sampler, and return self."""
-        self.sampler = sampler
-        return self
-
-    def build_sampler(self, steps: int) -> samplers.Sampler:
-        """Return the sampler with a number of steps.
-
-        Raises:
-            ValueError: the steps do not fit the window edges.
-        """
-        times = None
-        if self.edges:
-            times = samplers.window_grid(steps, self.edges)
-        return getattr(samplers, self.sampler)(steps, times)
-
-    def draw_inputs(self, indices: range) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return (noises, raw conditions, encoded conditions) of samples by index."""
-        eps = noises(self.seed, indices, self.shape).to(self.state.device)
-        raw = requested_conditions(self.condition, indices, self.classes)
-        return eps, raw, encode_condition(self.condition, raw, self.state.device)
-
-    def draw_images(self, indices: range, steps: int) -> tuple[Tensor, Tensor | None]:
-        """Return images in [-1, 1], (n, C, H, W), on the CPU, and their raw conditions.
-
-        Raises:
-            ValueError: the steps do not fit the window edges, or the sampler fails, for example
-                because its states are not finite.
-        """
-        eps, raw, cond = self.draw_inputs(indices)
-
-        def noise_of_step(step: int) -> Tensor:
-            return torch.stack([step_noise(self.seed, i, step, self.shape) for i in indices])
-
-        try:
-            sampler = self.build_sampler(steps)
-            x = sampler(self.denoiser, eps, cond, noise_of_step)
-        except ValueError as error:
-            raise ValueError(f"{self.run}: {error}") from None
-        images = self.codec.decode(x).clamp(-1, 1)
-        return images.cpu(), raw
-
-
-def tile_images(images: Tensor, columns: int) -> Image.Image:
-    """Return images in [-1, 1], (B, C, H, W), as one grid."""
-    lines = []
-    for line in to_uint8(images).split(columns):
-        lines.append(torch.cat(list(line), dim=-1))
-    pixels = torch.cat(lines, dim=-2).permute(1, 2, 0)
-    return Image.fromarray(pixels.squeeze(-1).numpy())
-
-
 class _ChunkResult(NamedTuple):
     start: int  # index of the first sample
     features: Tensor
     hits: Tensor | None  # whether the classifier predicts the requested class
+
+
+def share_chunks(samples: int, state: PartialState) -> list[range]:
+    """Return the indices of the samples that this process generates, in chunks."""
+    chunks = []
+    for start in range(0, samples, SAMPLE_CHUNK):
+        chunks.append(range(start, min(samples, start + SAMPLE_CHUNK)))
+    return job.share(state, chunks)
 
 
 def measure_samples(
@@ -138,6 +58,7 @@ def measure_samples(
     real: Tensor,
     steps: int,
     samples: int,
+    state: PartialState,
     meter: Meter,
 ) -> dict[str, Any]:
     """Return the metrics of samples at one number of steps.
@@ -148,6 +69,7 @@ def measure_samples(
         real: features of real images, (n, d).
         steps: steps of the sampler.
         samples: number of samples.
+        state: this process.
         meter: counts network evaluations.
 
     Returns:
@@ -156,11 +78,8 @@ def measure_samples(
     """
     # Generate this process's chunks. Prompts have no classes to compare with.
     reads_prompts = isinstance(run_sampler.condition, Prompts)
-    chunks = []
-    for start in range(0, samples, SAMPLE_CHUNK):
-        chunks.append(range(start, min(samples, start + SAMPLE_CHUNK)))
     results: list[_ChunkResult] = []
-    for chunk in job.share(run_sampler.state, chunks):
+    for chunk in share_chunks(samples, state):
         images, raw = run_sampler.draw_images(chunk, steps)
         fake, logits = features(images)
         correct = None
@@ -190,12 +109,13 @@ def measure_samples(
 
 def measure_samplers(
     run_sampler: RunSampler,
-    names: dict[Path, job.AnySampler],
+    names: dict[Path, AnySampler],
     teacher_sampler: RunSampler | None,
     features: FeatureFunction,
     real: Tensor,
     steps: list[int],
     samples: int,
+    state: PartialState,
 ) -> dict[Path, dict[str, Any]]:
     """Return the metrics of each sampler, by output folder.
 
@@ -207,18 +127,19 @@ def measure_samplers(
         real: features of real images, (n, d).
         steps: numbers of steps.
         samples: number of samples at each number of steps.
+        state: this process.
 
     Returns:
         `steps`: metrics by number of steps. With a teacher also `teacher`: its metrics at the
         largest number of steps.
     """
     # Count the evaluations of this process, for the progress line.
-    state = run_sampler.state
     most = max(steps)
     evaluations = sum(steps)
     if teacher_sampler:
         evaluations += most
-    total = -(-samples // state.num_processes) * evaluations * len(names)
+    share = sum(map(len, share_chunks(samples, state)))
+    total = share * evaluations * len(names)
 
     found: dict[Path, dict[str, Any]] = {}
     title = f"evaluate {run_sampler.run.name}"
@@ -228,16 +149,16 @@ def measure_samplers(
             run_sampler.with_sampler(name)
             by_steps = {}
             for n in steps:
-                metrics = measure_samples(run_sampler, features, real, n, samples, meter)
+                metrics = measure_samples(run_sampler, features, real, n, samples, state, meter)
                 by_steps[str(n)] = metrics
             found[folder] = {"steps": by_steps}
             if not teacher_sampler:
                 continue
 
             # Its teacher, from the same noises, with a sampler that draws no further noise.
-            is_deterministic = name in get_args(job.DeterministicSampler)
+            is_deterministic = name in get_args(DeterministicSampler)
             teacher_sampler.with_sampler(name if is_deterministic else "DDIM")
-            metrics = measure_samples(teacher_sampler, features, real, most, samples, meter)
+            metrics = measure_samples(teacher_sampler, features, real, most, samples, state, meter)
             found[folder] = {
                 "steps": add_drift(by_steps, metrics),
                 "teacher": {
@@ -385,7 +306,7 @@ def measure_floors(
 
 
 def write_sample_grids(
-    run_sampler: RunSampler, names: dict[Path, job.AnySampler], steps: list[int], columns: int
+    run_sampler: RunSampler, names: dict[Path, AnySampler], steps: list[int], columns: int
 ) -> None:
     """Write FOLDER/samples-STEPS.png for each output folder, with its sampler."""
     for folder, name in names.items():
@@ -399,8 +320,9 @@ def write_sample_grids(
 def limit_classes(run_samplers: Iterable[RunSampler], classes: int) -> None:
     """Sample only the classes of the image set if a network has more."""
     for run_sampler in run_samplers:
-        available = getattr(run_sampler.condition, "classes", 0)
-        run_sampler.classes = classes if 0 < classes < available else None
+        condition = run_sampler.condition
+        has_more = isinstance(condition, ClassLabel) and 0 < classes < condition.classes
+        run_sampler.classes = classes if has_more else None
 
 
 @torch.inference_mode()
@@ -415,11 +337,9 @@ def evaluate(
     extractor: Path | None = None,
     extractor_size: int | None = None,
     resize: ResizeFilter = "bicubic",
-    guidance: float = 1.0,
     seed: int = 2,
-    sampler: job.AnySampler | list[job.AnySampler] = "DDIM",
-    edges: list[float] | None = None,
-    prompts: Path | None = None,
+    sampler: AnySampler | list[AnySampler] = "DDIM",
+    sampling: SamplingOptions = DEFAULT_SAMPLING,
 ) -> None:
     """Measure a run's samples at several numbers of steps.
 
@@ -441,7 +361,7 @@ def evaluate(
         steps: numbers of steps of the sampler.
         samples: number of samples at each number of steps.
         teacher: the run or checkpoint that the run was distilled from. It is sampled from the same
-            noises at the largest number of steps.
+            noises, with the largest number of steps and the same options.
         teacher_guidance: guidance scale of the teacher: the one that the student learnt.
         extractor: measure distances in the features of your network instead: a transformers folder
             (CLIP, DINO, ViT), or a TorchScript file, which contains code that is executed: take it
@@ -449,15 +369,12 @@ def evaluate(
         extractor_size: height and width that images are resized to for the extractor; by default
             the folder's size, for a file the images' size.
         resize: filter that resizes them, antialiased.
-        guidance: guidance scale w of u + w (c - u); a guidance-conditioned student reads it.
         seed: seed of the noises; use other seeds than for collecting pairs.
         sampler: the sampler, or a list, each of which writes to OUT/SAMPLER. Trajectories are
             always those of DDIM, which also samples the teacher where this sampler draws noise in
             its steps.
-        edges: window edges of a phased student, falling from 1 to 0, if the windows are not equal;
-            the sampler steps on all of them.
-        prompts: for text-to-image networks: a text file with one prompt on each line; by default
-            the prompts that they were trained on.
+        sampling: guidance of the run, times and interpolant. The teacher is sampled with the same
+            options, but with `teacher_guidance`.
     """
     # Check the options before anything is sampled.
     if not steps or min(steps) < 1:
@@ -468,13 +385,14 @@ def evaluate(
         raise ValueError(f"sampler is {sampler}; give at least one")
     began = time.monotonic()
     state = job.start()
-    run_sampler = RunSampler(run, guidance, seed, state, edges=edges, prompts=prompts)
+    run_sampler = RunSampler(run, sampling, sampling.guidance, seed, state.device)
+    run_samplers = [run_sampler]
     teacher_sampler = None
     if teacher:
-        teacher_sampler = RunSampler(
-            teacher, teacher_guidance, seed, state, edges=edges, prompts=prompts
-        )
-    names: dict[Path, job.AnySampler] = {}
+        teacher_sampler = RunSampler(teacher, sampling, teacher_guidance, seed, state.device)
+        run_samplers.append(teacher_sampler)
+    check_guidance_options(sampling, [one.model for one in run_samplers])
+    names: dict[Path, AnySampler] = {}
     if isinstance(sampler, str):
         names[out] = sampler
     else:
@@ -497,12 +415,11 @@ def evaluate(
 
     # Sample, and measure the samples.
     classes = len(sets[0].manifest["classes"] or [])
-    run_samplers = [run_sampler]
-    if teacher_sampler:
-        run_samplers.append(teacher_sampler)
     limit_classes(run_samplers, classes)
     eps, _, cond = run_sampler.draw_inputs(range(TRAJECTORY_COUNT))
-    results = measure_samplers(run_sampler, names, teacher_sampler, features, real, steps, samples)
+    results = measure_samplers(
+        run_sampler, names, teacher_sampler, features, real, steps, samples, state
+    )
     if not state.is_main_process:
         return
 
@@ -521,8 +438,14 @@ def evaluate(
     }
 
     # Write the results of each sampler.
-    settings: dict[str, Any] = {"samples": samples, "guidance": guidance, "seed": seed}
-    settings["edges"] = edges
+    settings: dict[str, Any] = {
+        "samples": samples,
+        "guidance": sampling.guidance,
+        "seed": seed,
+        "edges": sampling.edges,
+    }
+    for one in run_samplers:
+        settings |= one.model.record_options()
     if teacher:
         settings["teacher_guidance"] = teacher_guidance
     if isinstance(run_sampler.condition, Prompts):

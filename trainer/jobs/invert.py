@@ -12,20 +12,15 @@ import torch
 from data.files import canonical, digest
 from data.latents import Latents
 from data.pairs import PairWriter
-from models import sampler as samplers
-from models.checkpoint import load_checkpoint
-from models.codec import KL, Codec
-from models.condition import ClassLabel, Condition, Unconditional
-from models.denoiser import Denoiser
-from models.diffusers.text import with_prompts
-from models.guidance import with_guidance
+from models.codec import KL
+from models.condition import ClassLabel, Unconditional
 from trainer.jobs import job
 from trainer.jobs.collect import ShardContent, provenance, sample_batches, write_missing_shards
+from trainer.jobs.options import DEFAULT_SAMPLING, DeterministicSampler, SamplingOptions
+from trainer.jobs.sampling_model import SamplingModel, check_guidance_options
 
 
-def check_latents(
-    source: Latents, teacher: Path, denoiser: Denoiser, codec: Codec, condition: Condition
-) -> None:
+def check_latents(source: Latents, teacher: SamplingModel) -> None:
     """Check that latents have the shape, codec and classes that a teacher was trained with.
 
     Raises:
@@ -33,25 +28,28 @@ def check_latents(
     """
     # Shape.
     shape = tuple(source.sample().x.shape[1:])
-    if shape != denoiser.shape:
+    expected = teacher.denoiser.shape
+    if shape != expected:
         raise ValueError(
             f"latents: {source} holds latents of shape {shape}, "
-            f"{teacher} was built for {denoiser.shape}; give the latents it was trained on"
+            f"{teacher.path} was built for {expected}; give the latents it was trained on"
         )
 
     # Codec; the manifest of latents that were not made by `rectify encode` has none.
     manifest = source.manifest
+    codec = teacher.codec
     if isinstance(codec, KL) and manifest.get("codec", codec.weights()) != codec.weights():
         raise ValueError(
-            f"latents: {source} was encoded with another codec than that of {teacher}; "
+            f"latents: {source} was encoded with another codec than that of {teacher.path}; "
             "give the latents it was trained on"
         )
 
     # Classes.
     classes = len(manifest.get("classes") or [])
+    condition = teacher.condition
     if isinstance(condition, ClassLabel) and classes > condition.classes:
         raise ValueError(
-            f"latents: {source} has {classes} classes, {teacher} has {condition.classes}; "
+            f"latents: {source} has {classes} classes, {teacher.path} has {condition.classes}; "
             "give the latents it was trained on"
         )
 
@@ -62,33 +60,30 @@ def invert(
     latents: Path,
     out: Path,
     steps: int = 32,
-    sampler: job.DeterministicSampler = "DDIM",
-    guidance: float = 1.0,
+    sampler: DeterministicSampler = "DDIM",
+    sampling: SamplingOptions = DEFAULT_SAMPLING,
     shard: int = 512,
     batch: int = 256,
-    prompts: Path | None = None,
     lease: float = 0.0,
 ) -> None:
     """Invert real latents to noise with a teacher's EMA weights.
 
-    The result is a pair set that `Mixed` combines with collected ones. It is byte-identical
-    however many processes you use and however often they are restarted, as with
-    `rectify collect`.
+    The result is a pair set, which the data source `Mixed` combines with collected ones. As with
+    `rectify collect`, it is byte-identical however many processes you use and however often they
+    are restarted.
 
     Args:
-        teacher: a run folder or a checkpoint.
+        teacher: a run folder, a checkpoint, or the folder of a diffusers pipeline.
         latents: a set made by `rectify encode`, the one the teacher was trained on.
         out: folder for the pair set.
         steps: steps of the teacher's sampler, taken backwards. Sampling from the noises returns
             the latents up to the sampler's order of accuracy.
         sampler: the teacher's sampler. Second-order samplers make two evaluations per step
             (DPMSolver2M makes one), RungeKutta4 makes four.
-        guidance: guidance scale w of u + w (c - u), the same as in the pairs that these will be
-            mixed with; 1 is none.
+        sampling: guidance, times and interpolant, the same as of the pairs that these will be
+            mixed with.
         shard: pairs in one shard, the unit of work.
         batch: latents inverted at once.
-        prompts: for a text-to-image teacher: a text file with a prompt for each class, one on
-            each line. The set records its digest.
         lease: 0 divides the shards among the processes by rank. Otherwise processes claim shards,
             and a claim expires if it is not renewed within this many seconds.
     """
@@ -97,15 +92,17 @@ def invert(
         raise ValueError(f"batch is {batch}; it must be at least 1")
     state = job.start()
     source = Latents(str(latents))
-    denoiser, codec, condition = load_checkpoint(teacher)
-    condition = with_prompts(condition, prompts, teacher)
-    check_latents(source, teacher, denoiser, codec, condition)
-    integrator = getattr(samplers, sampler)(steps)
+    guidance = sampling.guidance
+    model = SamplingModel(teacher, sampling, guidance, state.device)
+    check_guidance_options(sampling, [model])
+    check_latents(source, model)
+    integrator = model.build_sampler(sampler, steps)
+    evaluations = integrator.nfe(model.guide(guidance))
 
     # What the set is: another plan in the same folder is an error.
     checksums = [record["sha256"] for record in source.manifest["shards"]]
     plan = {
-        **provenance(denoiser, condition),
+        **provenance(model),
         "sampler": sampler,
         "steps": steps,
         "guidance": guidance,
@@ -113,16 +110,14 @@ def invert(
         "dtype": "float16",
         "latents": digest(canonical(checksums)),
     }
-    writer = PairWriter(out, plan, len(source.reader), None, denoiser.shape, shard)
+    writer = PairWriter(out, plan, len(source.reader), None, model.denoiser.shape, shard)
 
     def make(number: int) -> ShardContent:
         real = source.read(np.array(writer.shards.indices(number)))
-        raw = None if isinstance(condition, Unconditional) else real.condition
+        raw = None if isinstance(model.condition, Unconditional) else real.condition
         noises = sample_batches(
-            integrator.invert, denoiser, real.x, condition, raw, guidance, batch, state.device
+            integrator.invert, model, real.x, raw, guidance, batch, state.device
         )
         return ShardContent(real.x, raw, noises)
 
-    # Write the shards.
-    evaluations = integrator.nfe(with_guidance(denoiser, guidance))
     write_missing_shards(writer, make, state, lease, "invert", evaluations)

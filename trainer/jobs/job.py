@@ -1,7 +1,7 @@
-"""What all jobs share: joining the processes that torchrun started, and dividing the work."""
+"""Joining the processes that torchrun started, and dividing the work among them."""
 
 from collections.abc import Collection, Iterator
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -9,15 +9,7 @@ from accelerate import PartialState
 from data.progress import Meter
 from data.shards import ShardWriter
 from data.shards.claims import claim_shards
-
-# Classes of models.sampler: those that draw no noise after the first, and all of them.
-DeterministicSampler = Literal[
-    "DDIM", "DPMSolver2M", "EDMHeun", "Euler", "Heun", "Midpoint", "RungeKutta4"
-]
-AnySampler = DeterministicSampler | Literal["Ancestral", "EulerMaruyama", "Renoising"]
-
-# The last bits of a sum over 3 threads differ from those over 1, 2 and 4.
-MAX_CPU_THREADS = 2
+from trainer.jobs.device import limit_cpu_threads
 
 
 def start() -> PartialState:
@@ -27,7 +19,7 @@ def start() -> PartialState:
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.device.type == "cpu":
-        torch.set_num_threads(min(MAX_CPU_THREADS, torch.get_num_threads()))
+        limit_cpu_threads()
     return state
 
 

@@ -22,14 +22,21 @@ from models.condition import Condition
 from models.denoiser import Denoiser
 from models.diffusers.text import with_prompts
 from models.likelihood import AdaptiveSolver, Exact, Hutchinson, bits_per_dim, log_prob
-from trainer.callbacks.metrics_log import read_log
-from trainer.jobs import job
-from trainer.normalizing_flow import check_density_data
+from trainer.compatibility import check_density_data
+from trainer.jobs.device import choose_device
+from trainer.run_log import read_log
 
 DATASETS = (Dequantised, Latents, Plane)  # imported so that --data finds them by their short names
 
-# Maps a batch to log p, (B,), and the network evaluations, or None where they are not counted.
-Density = Callable[[Batch], tuple[Tensor, int | None]]
+
+class MeasuredBatch(NamedTuple):
+    """The likelihood of a batch."""
+
+    log_p: Tensor  # natural logarithm of the density of each sample, (B,)
+    nfe: int | None  # network evaluations per sample; None: they are not counted
+
+
+Density = Callable[[Batch], MeasuredBatch]
 
 
 def likelihood(
@@ -46,10 +53,10 @@ def likelihood(
 ) -> None:
     """Measure -log p of held-out samples under runs that have a density.
 
-    Writes a JSON file and prints a table. The density of a generator is that of its
-    probability-flow ODE; a normalising flow has its density. The unit is nats per sample. For
-    Dequantised images the table also has bits per dimension, an upper bound on the bits per grey
-    level. The density of Latents is the latents', not the images'.
+    Writes a JSON file and prints a table, in nats per sample. The density of a generator is that
+    of its probability-flow ODE; a normalising flow defines its density. For Dequantised images the
+    table also has bits per dimension, an upper bound on the bits per grey level. The density of
+    Latents is that of the latents, not of the images.
 
     Args:
         run: run folder or checkpoint, or several; runs that differ only in their seeds share a row
@@ -116,7 +123,7 @@ def measure_run(
         prompts: file of prompts, or None.
         meter: counts samples.
     """
-    device = job.start().device
+    device = choose_device()
     loaded = load_density(run, settings, data, prompts, device)
     parts = []
     evaluations = []
@@ -213,8 +220,8 @@ def training_seconds(log: Path) -> float | None:
 def flow_density(flow: flows.Flow) -> Density:
     """Return the density of a normalising flow."""
 
-    def density(batch: Batch) -> tuple[Tensor, int | None]:
-        return flow.log_prob(batch.x, exact=True), None
+    def density(batch: Batch) -> MeasuredBatch:
+        return MeasuredBatch(flow.log_prob(batch.x, exact=True), None)
 
     return density
 
@@ -234,9 +241,11 @@ def denoiser_density(
     trace = Hutchinson(generator, settings["probes"]) if settings["probes"] else Exact()
     solver = AdaptiveSolver(settings["tolerance"], settings["tolerance"])
 
-    def density(batch: Batch) -> tuple[Tensor, int | None]:
+    def density(batch: Batch) -> MeasuredBatch:
         cond = condition(batch.condition)
-        return log_prob(denoiser, batch.x, cond, trace, solver, tolerance=settings["bound"])
+        tolerance = settings["bound"]
+        found = log_prob(denoiser, batch.x, cond, trace, solver, tolerance=tolerance)
+        return MeasuredBatch(found.log_p, found.nfe)
 
     return density
 

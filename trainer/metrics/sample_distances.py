@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 # torch.cdist's mode for exact distances: the fast one loses small distances to round-off.
 CDIST_MODE = "donot_use_mm_for_euclid_dist"
@@ -25,7 +24,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         a: features, (n, d).
         b: features, (m, d).
     """
-    metric = FrechetInceptionDistance(_PrecomputedFeatures(a.shape[1]), normalize=True)
+    from torchmetrics.image.fid import FrechetInceptionDistance  # slow to import
+
+    # Every rank has all features: adding those of other ranks would count them several times.
+    metric = FrechetInceptionDistance(
+        _PrecomputedFeatures(a.shape[1]), normalize=True, sync_on_compute=False
+    )
     metric.update(a, real=True)
     metric.update(b, real=False)
     return float(metric.compute())

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.interpolant import Interpolant
 from models.prediction import Velocity
 from models.sampler import DDIM, DenoiserLike
 
@@ -43,7 +42,7 @@ def measure_trajectories(
         times: the grid of times; uniform from 1 to 0 by default.
     """
     # Follow the trajectories.
-    interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+    interpolant = denoiser.interpolant
     sampler = DDIM(steps, times)
     grid = sampler.times
     start = interpolant.mix(torch.zeros_like(eps), eps, eps.new_tensor(grid[0]))

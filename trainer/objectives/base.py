@@ -1,12 +1,43 @@
-"""The interface of all objectives, and what they read of a denoiser."""
+"""The interface of all objectives, and the loss that they return."""
 
 from abc import ABC, abstractmethod
+from functools import reduce
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from models.prediction import Prediction, Velocity
 from models.sampler import DenoiserLike
+from trainer.objectives.parts.distances import mean_per_sample
+from trainer.step_outputs import PerSample
 from trainer.step_random import StepRandom
+
+
+class Loss(NamedTuple):
+    """The loss of a batch, and what callbacks log of it.
+
+    Attributes:
+        total: what training minimises, a scalar.
+        parts: the terms that add up to it, by name, scalars without gradient; none if there is
+            only one. In a training step they are the same on all ranks.
+        per_sample: of the batch's samples, if the loss is one of single samples.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+    per_sample: PerSample | None
+
+
+def mean_loss(errors: Tensor, t: Tensor) -> Loss:
+    """Return the mean of errors (B, ...) at the times t, (B,)."""
+    return Loss(errors.mean(), {}, PerSample(t, mean_per_sample(errors)))
+
+
+def sum_loss(parts: dict[str, Tensor], per_sample: PerSample) -> Loss:
+    """Return the sum of named parts, scalars, added in their order."""
+    total = reduce(torch.add, parts.values())
+    detached = {name: part.detach() for name, part in parts.items()}
+    return Loss(total, detached, per_sample)
 
 
 class Objective(ABC):
@@ -18,16 +49,14 @@ class Objective(ABC):
     learning_rate_ratio = 1.0
     """Learning rate of the objective's networks, relative to that of the denoiser."""
 
-    student_frozen = False
-    """Whether the last loss was for the objective's networks alone, not for the denoiser."""
-
-    per_sample: tuple[Tensor, Tensor] | None = None
-    """(times, distances) of the samples of the last batch, (B,) each, for logging."""
-
     @property
     def networks(self) -> dict[str, nn.Module]:
         """The objective's networks, by name: trained with the denoiser and checkpointed."""
         return {}
+
+    def student_learns(self, step: int) -> bool:
+        """Return whether the denoiser learns in a training step, or only those networks."""
+        return True
 
     @abstractmethod
     def __call__(
@@ -37,8 +66,8 @@ class Objective(ABC):
         eps: Tensor,
         cond: Tensor | None = None,
         random: StepRandom | None = None,
-    ) -> Tensor:
-        """Return the mean loss, a scalar, of data x coupled with noise eps.
+    ) -> Loss:
+        """Return the loss of data x coupled with noise eps.
 
         Args:
             denoiser: the student, called as denoiser(x_t, t, cond).
@@ -47,13 +76,3 @@ class Objective(ABC):
             cond: encoded condition, if any.
             random: source of random numbers; torch's global generator by default.
         """
-
-
-def is_two_time(denoiser: DenoiserLike) -> bool:
-    """Return whether the denoiser's network reads a second time, the end of a step."""
-    return getattr(denoiser, "two_time", False)
-
-
-def prediction_of(denoiser: DenoiserLike) -> Prediction:
-    """Return what the denoiser's network predicts; Velocity for an analytic denoiser."""
-    return getattr(denoiser, "prediction", None) or Velocity()

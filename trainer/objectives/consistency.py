@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.denoiser import is_two_time
 from models.interpolant import Interpolant, expand
 from models.sampler import DenoiserLike, Trajectory
-from trainer.objectives.base import Objective, is_two_time
-from trainer.objectives.parts.distances import Distance, PseudoHuber, mean_per_sample
+from trainer.objectives.base import Loss, Objective, mean_loss
+from trainer.objectives.parts.distances import Distance, PseudoHuber
 from trainer.objectives.parts.time_distributions import TimeDistribution, Uniform
 from trainer.objectives.parts.weightings import Weighting
 from trainer.objectives.teachers import EMATeacher, FrozenTeacher, ddim_between
@@ -103,13 +104,13 @@ class Consistency(Objective):
         eps: Tensor,
         cond: Tensor | None = None,
         random: StepRandom | None = None,
-    ) -> Tensor:
+    ) -> Loss:
         if self.random_end and not is_two_time(denoiser):
             raise ValueError(
                 "Consistency: random_end is true, but the network reads one time; build it with "
                 "two_time true, or set random_end to false"
             )
-        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+        interpolant = denoiser.interpolant
 
         # 1. Neighbouring times, and the student's step from x_t to e.
         t, s, e = self.sample_times(interpolant, x, random)
@@ -131,8 +132,7 @@ class Consistency(Objective):
         errors = errors / expand(self.steps * (t - s), errors)
         if self.weighting:
             errors = expand(self.weighting.of_data(interpolant, t), errors) * errors
-        self.per_sample = (t, mean_per_sample(errors))
-        return errors.mean()
+        return mean_loss(errors, t)
 
     def sample_times(
         self, interpolant: Interpolant, x: Tensor, random: StepRandom | None

@@ -6,16 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from models.denoiser import Denoiser
+from models.denoiser import add_evaluations, prediction_of
 from models.interpolant import Interpolant, expand
 from models.nets import Net
 from models.prediction import Data
 from models.sampler import DDIM, DenoiserLike
-from trainer.objectives.base import Objective, prediction_of
+from trainer.objectives.base import Loss, Objective, sum_loss
 from trainer.objectives.parts.distances import Distance, Squared, mean_per_sample
 from trainer.objectives.parts.time_distributions import TimeDistribution, Uniform
 from trainer.objectives.parts.weightings import Weighting
 from trainer.objectives.teachers import FrozenTeacher
+from trainer.step_outputs import PerSample
 from trainer.step_random import StepRandom, draw_normal, draw_stratified
 
 # t is kept this far off 0 and 1, as in DMD: close to the data both denoisers return x_t itself.
@@ -32,8 +33,8 @@ class DistributionMatching(Objective):
     estimates from the same noised sample. With w = (alpha / sigma)^2 this is the gradient of
     the KL divergence; it is zero where student and teacher have the same distribution. Of the
     batch, only noise and condition are used. In one step both networks learn, each from its
-    part of the loss; the paper's two time scales (section 4.2) are `student_every` and
-    `fake_rate`.
+    part of the loss: `fake`, `critic` and, where the student learns, `push`. The paper's two time
+    scales (section 4.2) are `student_every` and `fake_rate`.
 
     Args:
         teacher: on the student's interpolant, with any prediction and guidance.
@@ -89,6 +90,9 @@ class DistributionMatching(Objective):
             networks["critic"] = self.critic
         return networks
 
+    def student_learns(self, step: int) -> bool:
+        return step % self.student_every == 0
+
     def __call__(
         self,
         denoiser: DenoiserLike,
@@ -96,13 +100,13 @@ class DistributionMatching(Objective):
         eps: Tensor,
         cond: Tensor | None = None,
         random: StepRandom | None = None,
-    ) -> Tensor:
-        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+    ) -> Loss:
+        interpolant = denoiser.interpolant
         teacher = self.teacher.for_student(denoiser, x)
-        self.student_frozen = random is not None and random.batch.step % self.student_every != 0
+        student_learns = random is None or self.student_learns(random.batch.step)
 
         # 1. The student's samples, in one step from the noise.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.student_frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and student_learns):
             start_time = torch.ones(len(eps), device=eps.device)
             start = interpolant.mix(torch.zeros_like(eps), eps, start_time)
             samples = DDIM(1).integrate(denoiser, start, cond)[-1]
@@ -121,17 +125,17 @@ class DistributionMatching(Objective):
             interpolant, x_fake - fixed_samples, eps_fake - noise, t
         )
         errors = self.distance(gap)
-        self.per_sample = (t, mean_per_sample(errors))
-        loss = errors.mean()
+        per_sample = PerSample(t, mean_per_sample(errors))
+        parts = {"fake": errors.mean()}
 
         # 4. The critic's loss: telling the batch from the samples.
         if self.critic:
             data_noise = draw_normal(random, "data", samples)
             data_logit = self.logit(interpolant, x, data_noise, t, cond)
             sample_logit = self.logit(interpolant, fixed_samples, noise, t, cond)
-            loss = loss + (softplus(-data_logit) + softplus(sample_logit)).mean()
-        if self.student_frozen:
-            return loss
+            parts["critic"] = (softplus(-data_logit) + softplus(sample_logit)).mean()
+        if not student_learns:
+            return sum_loss(parts, per_sample)
 
         # 5. The gradient of the student's samples: w (x_fake - x_teacher), and the critic's.
         with torch.no_grad():
@@ -144,8 +148,8 @@ class DistributionMatching(Objective):
 
         # 6. The student's loss: its gradient in the samples is that one, per dimension.
         moved_samples = fixed_samples - gradient
-        student_loss = (samples - moved_samples).square().mean() / 2
-        return loss + student_loss
+        parts["push"] = (samples - moved_samples).square().mean() / 2
+        return sum_loss(parts, per_sample)
 
     def logit(
         self, interpolant: Interpolant, x: Tensor, eps: Tensor, t: Tensor, cond: Tensor | None
@@ -154,7 +158,7 @@ class DistributionMatching(Objective):
         assert self.critic is not None
         x_t = interpolant.mix(x, eps, t)
         length = torch.hypot(*interpolant(t))
-        Denoiser.evaluations_made += len(x)
+        add_evaluations(len(x))
         output = self.critic(x_t / expand(length, x), self.critic.time_input(t), cond)
         return output.flatten(1).mean(1)
 

@@ -6,11 +6,12 @@ They differ only in the prediction.
 import torch
 from torch import Tensor
 
-from models.interpolant import Interpolant, expand
+from models.denoiser import Predicting, is_two_time, prediction_of
+from models.interpolant import expand
 from models.prediction import Prediction
 from models.sampler import DenoiserLike
-from trainer.objectives.base import Objective, is_two_time, prediction_of
-from trainer.objectives.parts.distances import Distance, Squared, mean_per_sample
+from trainer.objectives.base import Loss, Objective, mean_loss
+from trainer.objectives.parts.distances import Distance, Squared
 from trainer.objectives.parts.time_distributions import TimeDistribution, Uniform
 from trainer.objectives.parts.weightings import Weighting
 from trainer.step_random import StepRandom, draw_stratified
@@ -28,9 +29,10 @@ def check_solvable_at_noise(denoiser: DenoiserLike, *predictions: Prediction | N
     """
     zero = torch.zeros(1)
     one = torch.ones(1)
-    for prediction in (getattr(denoiser, "prediction", None), *predictions):
+    predicted = denoiser.prediction if isinstance(denoiser, Predicting) else None
+    for prediction in (predicted, *predictions):
         if prediction is not None:
-            prediction.solve(denoiser.interpolant, zero, zero, one)  # type: ignore[attr-defined]
+            prediction.solve(denoiser.interpolant, zero, zero, one)
 
 
 class Matching(Objective):
@@ -69,8 +71,8 @@ class Matching(Objective):
         eps: Tensor,
         cond: Tensor | None = None,
         random: StepRandom | None = None,
-    ) -> Tensor:
-        times = self.times.for_interpolant(denoiser.interpolant)  # type: ignore[attr-defined]
+    ) -> Loss:
+        times = self.times.for_interpolant(denoiser.interpolant)
         t = times(draw_stratified(random, "time", x))
         return self.loss_at(denoiser, x, eps, t, cond)
 
@@ -82,7 +84,7 @@ class Matching(Objective):
         t: Tensor,
         cond: Tensor | None = None,
         s: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Loss:
         """Return the mean loss at given times.
 
         Args:
@@ -93,20 +95,19 @@ class Matching(Objective):
             cond: encoded condition, if any.
             s: end of the step for two-time networks, (B,); other networks do not receive it.
         """
-        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+        interpolant = denoiser.interpolant
         prediction = self.measure or prediction_of(denoiser)
 
         # 1. The student's estimate of x and eps from the state x_t = alpha x + sigma eps.
         x_t = interpolant.mix(x, eps, t)
-        if s is None or not is_two_time(denoiser):
-            x_hat, eps_hat = denoiser(x_t, t, cond)
-        else:
+        if s is not None and is_two_time(denoiser):
             x_hat, eps_hat = denoiser(x_t, t, cond, s)
+        else:
+            x_hat, eps_hat = denoiser(x_t, t, cond)
 
         # 2. The error y_hat - y, linear in those of x and eps.
         gap = prediction.target(interpolant, x_hat - x, eps_hat - eps, t)
         errors = self.distance(gap)
         if self.weighting:
             errors = expand(self.weighting(interpolant, prediction, t), errors) * errors
-        self.per_sample = (t, mean_per_sample(errors))
-        return errors.mean()
+        return mean_loss(errors, t)

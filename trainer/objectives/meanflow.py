@@ -5,11 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from models.denoiser import TwoTimeDenoiser, is_two_time
 from models.interpolant import Interpolant, expand
 from models.prediction import Velocity
 from models.sampler import DenoiserLike
-from trainer.objectives.base import Objective, is_two_time
-from trainer.objectives.parts.distances import AdaptiveDistance, Distance, mean_per_sample
+from trainer.objectives.base import Loss, Objective, mean_loss
+from trainer.objectives.parts.distances import AdaptiveDistance, Distance
 from trainer.objectives.parts.time_distributions import LogitNormal, TimeDistribution
 from trainer.step_random import StepRandom, draw_stratified, draw_uniform
 
@@ -100,13 +101,13 @@ class MeanFlow(Objective):
         eps: Tensor,
         cond: Tensor | None = None,
         random: StepRandom | None = None,
-    ) -> Tensor:
+    ) -> Loss:
         if not is_two_time(denoiser):
             raise ValueError(
                 "MeanFlow: the network reads one time; build it with "
                 "model.denoiser.net.init_args.two_time true"
             )
-        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+        interpolant = denoiser.interpolant
 
         # 1. Two times for each sample. Those with s = t need no derivative, which costs twice as
         #    much as the rest: the batch is split.
@@ -125,8 +126,7 @@ class MeanFlow(Objective):
         # 3. The mean error, with the samples back in the batch's order.
         order = torch.cat(groups).argsort()
         errors = self.distance(torch.cat(gaps)[order])
-        self.per_sample = (t, mean_per_sample(errors))
-        return errors.mean()
+        return mean_loss(errors, t)
 
     def sample_times(
         self, interpolant: Interpolant, x: Tensor, random: StepRandom | None
@@ -158,7 +158,7 @@ class MeanFlow(Objective):
 
     def gap(
         self,
-        denoiser: DenoiserLike,
+        denoiser: TwoTimeDenoiser,
         x: Tensor,
         eps: Tensor,
         t: Tensor,
@@ -166,7 +166,7 @@ class MeanFlow(Objective):
         cond: Tensor | None = None,
     ) -> Tensor:
         """Return ubar - sg(u - (t - s) d ubar/dt), (B, C, H, W); s is t by default."""
-        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+        interpolant = denoiser.interpolant
 
         # 1. The state and its velocity, with guidance.
         x_t = interpolant.mix(x, eps, t)

@@ -10,7 +10,7 @@ from data.noise import noises
 from models.condition import ClassLabel, Unconditional
 from models.sampler import DDIM, DenoiserLike
 from trainer.conditions import requested_conditions
-from trainer.objectives.base import Objective
+from trainer.objectives.base import Loss, Objective
 from trainer.objectives.teachers import EMATeacher, FrozenTeacher
 from trainer.step_random import StepRandom
 
@@ -72,6 +72,9 @@ class Online(Objective):
     def networks(self) -> dict[str, nn.Module]:
         return self.inner.networks
 
+    def student_learns(self, step: int) -> bool:
+        return self.inner.student_learns(step)
+
     def pair_steps_before(self, step: int) -> int:
         """Return how many training steps before this one draw pairs."""
         return math.ceil(step * self.share - 1e-9)
@@ -83,7 +86,7 @@ class Online(Objective):
         eps: Tensor,
         cond: Tensor | None = None,
         random: StepRandom | None = None,
-    ) -> Tensor:
+    ) -> Loss:
         # 1. A pair is identified by its position in the run.
         if random is None:
             raise ValueError(
@@ -105,10 +108,7 @@ class Online(Objective):
             x, eps, cond = self.draw_pairs(denoiser, range(first, first + len(x)), x, cond)
 
         # 3. The inner loss.
-        loss = self.inner(denoiser, x, eps, cond, random)
-        self.per_sample = self.inner.per_sample
-        self.student_frozen = self.inner.student_frozen
-        return loss
+        return self.inner(denoiser, x, eps, cond, random)
 
     @torch.no_grad()
     def draw_pairs(

@@ -2,11 +2,12 @@
 
 from torch import Tensor
 
+from models.denoiser import prediction_of
 from models.interpolant import Interpolant
 from models.prediction import Prediction
 from models.sampler import DenoiserLike, window_edges
-from models.windows import Piecewise, sample_window
-from trainer.objectives.base import Objective
+from models.windows import Piecewise, WindowNoise, sample_window
+from trainer.objectives.base import Loss, Objective
 from trainer.objectives.matching import Matching
 from trainer.objectives.parts.distances import Distance
 from trainer.objectives.parts.time_distributions import TimeDistribution
@@ -65,7 +66,7 @@ class Phased(Objective):
         eps: Tensor,
         cond: Tensor | None = None,
         random: StepRandom | None = None,
-    ) -> Tensor:
+    ) -> Loss:
         self._check_windows(denoiser)
         interpolant = self._teacher_interpolant(denoiser)
 
@@ -82,23 +83,21 @@ class Phased(Objective):
 
         # 3. Matching at a time inside the window.
         t = e + (s - e) * self.matching.times(window.u)
-        loss = self.matching.loss_at(denoiser, x_line, eps_line, t, cond, e)
-        self.per_sample = self.matching.per_sample
-        return loss
+        return self.matching.loss_at(denoiser, x_line, eps_line, t, cond, e)
 
     def _check_windows(self, denoiser: DenoiserLike) -> None:
         """Check that the student's interpolant and predictions have these windows, if any."""
-        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
-        prediction = getattr(denoiser, "prediction", None)
-        for part in (interpolant, prediction, self.matching.measure):
-            windows = getattr(part, "windows", None)
-            if windows is not None and window_edges(windows) != self.edges:
+        for part in (denoiser.interpolant, prediction_of(denoiser), self.matching.measure):
+            if not isinstance(part, Piecewise | WindowNoise):
+                continue
+            edges = window_edges(part.windows)
+            if edges != self.edges:
                 raise ValueError(
-                    f"Phased: windows are {self.edges}, those of {part!r} are "
-                    f"{window_edges(windows)}; make them equal"
+                    f"Phased: windows are {self.edges}, those of {part!r} are {edges}; make them "
+                    "equal"
                 )
 
     def _teacher_interpolant(self, denoiser: DenoiserLike) -> Interpolant:
         """Return the interpolant that the teacher must have: the student's, without windows."""
-        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+        interpolant = denoiser.interpolant
         return interpolant.interpolant if isinstance(interpolant, Piecewise) else interpolant

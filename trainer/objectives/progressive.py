@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from models.interpolant import Interpolant, expand
+from models.interpolant import expand
 from models.sampler import DenoiserLike, Trajectory
-from trainer.objectives.base import Objective
-from trainer.objectives.parts.distances import Distance, Squared, mean_per_sample
+from trainer.objectives.base import Loss, Objective, mean_loss
+from trainer.objectives.parts.distances import Distance, Squared
 from trainer.objectives.parts.weightings import TruncatedSNR, Weighting
 from trainer.objectives.teachers import FrozenTeacher, ddim_between
 from trainer.step_random import StepRandom, draw_stratified
@@ -52,8 +52,8 @@ class Progressive(Objective):
         eps: Tensor,
         cond: Tensor | None = None,
         random: StepRandom | None = None,
-    ) -> Tensor:
-        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+    ) -> Loss:
+        interpolant = denoiser.interpolant
 
         # 1. A step of the student, from t = (i + 1)/N to s = i/N.
         u = draw_stratified(random, "time", x)
@@ -71,5 +71,4 @@ class Progressive(Objective):
         # 3. The weighted error.
         errors = self.distance(x_hat - x_target)
         errors = expand(self.weighting.of_data(interpolant, t), errors) * errors
-        self.per_sample = (t, mean_per_sample(errors))
-        return errors.mean()
+        return mean_loss(errors, t)

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from models.interpolant import Interpolant
+from models.denoiser import is_two_time
 from models.sampler import DenoiserLike
-from trainer.objectives.base import Objective, is_two_time
+from trainer.objectives.base import Loss, Objective
 from trainer.objectives.matching import check_solvable_at_noise
 from trainer.objectives.parts.distances import Distance, Squared
 from trainer.objectives.parts.lpips import Perceptual
+from trainer.step_outputs import PerSample
 from trainer.step_random import StepRandom
 
 
@@ -39,9 +40,9 @@ class Regression(Objective):
         eps: Tensor,
         cond: Tensor | None = None,
         random: StepRandom | None = None,
-    ) -> Tensor:
+    ) -> Loss:
         check_solvable_at_noise(denoiser)
-        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+        interpolant = denoiser.interpolant
 
         # 1. The step from t = 1, where the state is pure noise, to s = 0.
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -56,7 +57,10 @@ class Regression(Objective):
 
         # 2. Its distance from x.
         errors = self.distance(sample - x).flatten(1).mean(1)
+        parts = {}
         if self.perceptual:
-            errors = errors + self.perceptual(sample, x)
-        self.per_sample = (t, errors.detach())
-        return errors.mean()
+            perceptual = self.perceptual(sample, x)
+            parts["distance"] = errors.detach().mean()
+            parts["perceptual"] = perceptual.detach().mean()
+            errors = errors + perceptual
+        return Loss(errors.mean(), parts, PerSample(t, errors.detach()))

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.interpolant import Interpolant
+from models.denoiser import TwoTimeDenoiser, is_two_time, prediction_of
 from models.prediction import Prediction
 from models.sampler import DenoiserLike
-from trainer.objectives.base import Objective, is_two_time, prediction_of
-from trainer.objectives.parts.distances import Distance, Squared, mean_per_sample
+from trainer.objectives.base import Loss, Objective, mean_loss
+from trainer.objectives.parts.distances import Distance, Squared
 from trainer.objectives.parts.time_distributions import END_MARGIN, TimeDistribution, Uniform
 from trainer.step_random import StepRandom, draw_stratified, draw_uniform
 
@@ -74,13 +74,13 @@ class Shortcut(Objective):
         eps: Tensor,
         cond: Tensor | None = None,
         random: StepRandom | None = None,
-    ) -> Tensor:
+    ) -> Loss:
         if not is_two_time(denoiser):
             raise ValueError(
                 "Shortcut: the network reads one time; build it with "
                 "model.denoiser.net.init_args.two_time true"
             )
-        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+        interpolant = denoiser.interpolant
         dtype = torch.promote_types(x.dtype, torch.float32)
 
         # 1. Times: t = s for samples that learn from data, a step for every n-th sample, which
@@ -108,8 +108,7 @@ class Shortcut(Objective):
         prediction = self.measure or prediction_of(denoiser)
         gap = prediction.target(interpolant, x_hat - x, eps_hat - eps, t)
         errors = self.distance(gap)
-        self.per_sample = (t, mean_per_sample(errors))
-        return errors.mean()
+        return mean_loss(errors, t)
 
     def step_times(self, length: Tensor, position: Tensor) -> StepTimes:
         """Return steps of length 2^-k that start at a multiple of it, from uniform numbers (B,).
@@ -125,10 +124,10 @@ class Shortcut(Objective):
 
     @torch.no_grad()
     def chord(
-        self, denoiser: DenoiserLike, x_t: Tensor, step: StepTimes, cond: Tensor | None
+        self, denoiser: TwoTimeDenoiser, x_t: Tensor, step: StepTimes, cond: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return the ends (x, eps) of the line through x_t and where two half steps lead."""
-        interpolant: Interpolant = denoiser.interpolant  # type: ignore[attr-defined]
+        interpolant = denoiser.interpolant
         is_smallest = step.middle - step.end < 1.5 * 2**-self.halvings
         x_s = x_t
         for t, s in ((step.t, step.middle), (step.middle, step.end)):

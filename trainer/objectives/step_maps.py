@@ -8,7 +8,7 @@ from torch import Tensor
 from models.prediction import Prediction
 from models.sampler import DenoiserLike, window_edges
 from models.windows import sample_window
-from trainer.objectives.base import Objective
+from trainer.objectives.base import Loss, Objective
 from trainer.objectives.matching import Matching, check_solvable_at_noise
 from trainer.objectives.parts.distances import Distance
 from trainer.objectives.teachers import FrozenTeacher, ddim_between
@@ -59,7 +59,7 @@ class StepMaps(Objective):
         eps: Tensor,
         cond: Tensor | None = None,
         random: StepRandom | None = None,
-    ) -> Tensor:
+    ) -> Loss:
         check_solvable_at_noise(denoiser, self.matching.measure)
 
         # 1. A map for each sample, from t = t_k to s = t_{k+1}.
@@ -69,19 +69,16 @@ class StepMaps(Objective):
         if self.teacher:
             teacher = self.teacher.for_student(denoiser, x)
             x_t, x_s = self._teacher_states(teacher, eps, k, cond)
-            x, eps = denoiser.interpolant.solve_pair(x_t, t, x_s, s)  # type: ignore[attr-defined]
+            x, eps = denoiser.interpolant.solve_pair(x_t, t, x_s, s)
 
         # 3. Matching at t.
-        loss = self.matching.loss_at(denoiser, x, eps, t, cond, s)
-        self.per_sample = self.matching.per_sample
-        return loss
+        return self.matching.loss_at(denoiser, x, eps, t, cond, s)
 
     def _teacher_states(
         self, teacher: DenoiserLike, eps: Tensor, k: Tensor, cond: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return the teacher's states at t_k and t_{k+1}, from the state where samplers start."""
-        interpolant = teacher.interpolant  # type: ignore[attr-defined]
-        start = interpolant.mix(torch.zeros_like(eps), eps, eps.new_ones(()))
+        start = teacher.interpolant.mix(torch.zeros_like(eps), eps, eps.new_ones(()))
         before = start
         after = start
         for number, (t, s) in enumerate(pairwise(self.times)):

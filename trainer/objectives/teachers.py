@@ -26,7 +26,9 @@ class FrozenTeacher:
     def __init__(self, run: Path, guidance: float = 1.0):
         self.run = run
         self.guidance = guidance
-        self.denoiser, _, self.condition = load_checkpoint(run)
+        model = load_checkpoint(run)
+        self.denoiser = model.denoiser
+        self.condition = model.condition
 
     def for_student(
         self, student: DenoiserLike, like: Tensor, interpolant: Interpolant | None = None
@@ -41,7 +43,7 @@ class FrozenTeacher:
         Raises:
             ValueError: the teacher has another interpolant.
         """
-        expected = interpolant or student.interpolant  # type: ignore[attr-defined]
+        expected = interpolant or student.interpolant
         found = self.denoiser.interpolant
         if identity(found) != identity(expected):
             raise ValueError(
@@ -55,14 +57,17 @@ class EMADenoiser(DenoiserWrapper):
     """A denoiser evaluated with the averages of its weights.
 
     Args:
-        denoiser: its `averages` are kept by the callback EMA.
+        denoiser: a Denoiser; its `averages` are kept by the callback EMA.
 
     Raises:
         ValueError: there are no averages, or they are sharded.
     """
 
-    def __init__(self, denoiser: Denoiser):
+    denoiser: Denoiser
+
+    def __init__(self, denoiser: DenoiserLike):
         super().__init__()
+        assert isinstance(denoiser, Denoiser)
         if denoiser.averages is None:
             raise ValueError(
                 "EMATeacher: the run keeps no average of its weights; add the callback EMA to "
@@ -110,9 +115,8 @@ class EMATeacher:
         # A guidance-conditioned student has a scale for each sample: so has its average.
         if isinstance(student, GuidanceConditioned):
             average = EMADenoiser(student.denoiser)
-            conditioned = GuidanceConditioned(average, student.scale)  # type: ignore[arg-type]
-            return Guided(conditioned, self.guidance)
-        return Guided(EMADenoiser(student), self.guidance)  # type: ignore[arg-type]
+            return Guided(GuidanceConditioned(average, student.scale), self.guidance)
+        return Guided(EMADenoiser(student), self.guidance)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor
 from data.batch import Batch
 from data.noise import noise
 from data.progress import Meter
-from models.denoiser import Denoiser
+from models.denoiser import Denoiser, count_evaluations
 from models.interpolant import Interpolant, expand
 from models.nets.mlp import MLP
 from models.prediction import Prediction
@@ -92,7 +92,7 @@ def train(
             random = StepRandom(batch)
             batch_eps = random.noise(batch.x) if eps is None else eps[indices]
             # one update
-            loss = objective(denoiser, batch.x, batch_eps, None, random)
+            loss = objective(denoiser, batch.x, batch_eps, None, random).total
             if not loss.isfinite():
                 raise FloatingPointError(
                     f"{name}: the loss is {loss.item()} at update {step}; "
@@ -143,18 +143,18 @@ class Rectification:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = MLP(channels=x.shape[1])
-        before = Denoiser.evaluations_made
         teacher = Denoiser(net, interpolant, Normalised(prediction))
-        self.teacher = train(teacher, x, None, Uniform(), updates, seed, "before", show)
-        halfway = Denoiser.evaluations_made
-        # 2. its pairs
-        eps = self.noise(PAIRS, 0)
-        sampler = DDIM(FLOW_STEPS, solvable_grid(self.teacher, FLOW_STEPS))
-        samples = sampler(self.teacher, eps)
-        # 3. the student
-        student = deepcopy(self.teacher).train().requires_grad_(True)
-        self.student = train(student, samples, eps, UShaped(), updates, seed, "after", show)
-        self.evaluations = Evaluations(halfway - before, Denoiser.evaluations_made - halfway)
+        with count_evaluations() as of_teacher:
+            self.teacher = train(teacher, x, None, Uniform(), updates, seed, "before", show)
+        with count_evaluations() as of_student:
+            # 2. its pairs
+            eps = self.noise(PAIRS, 0)
+            sampler = DDIM(FLOW_STEPS, solvable_grid(self.teacher, FLOW_STEPS))
+            samples = sampler(self.teacher, eps)
+            # 3. the student
+            student = deepcopy(self.teacher).train().requires_grad_(True)
+            self.student = train(student, samples, eps, UShaped(), updates, seed, "after", show)
+        self.evaluations = Evaluations(of_teacher.count, of_student.count)
 
     def noise(self, n: int, stream: int) -> Tensor:
         """Return n noises, (n, C, 1, 1), of a stream: 0 for the pairs, others for evaluation."""

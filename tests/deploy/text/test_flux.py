@@ -9,8 +9,8 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 import deploy.export
 from data.pairs import PairSet
 from models.checkpoint import load_checkpoint
-from tests.helpers.commands import REPOSITORY, succeed
-from tests.helpers.training import train
+from tests.helpers.commands import succeed
+from tests.helpers.training import study_config, train
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'rectify[text]'")
 
@@ -79,6 +79,6 @@ def test_a_student_of_flux_is_written_as_a_flux_again(
         *("--model.condition.encoder", folder, "--model.condition.path", prompts),
         *("--data.source.path", pairs, "--data.source.keep_fraction", "1", "--data.batch", "2"),
     )
-    run = train(REPOSITORY / "configs/text/student.yaml", tmp_path / "run", *words, steps=1)
+    run = train(study_config("text", "student"), tmp_path / "run", *words, steps=1)
     succeed("export", "--run", run, "--out", tmp_path / "out", "--steps", "4")
     assert load_checkpoint(tmp_path / "out")[0].net.kind == "FluxTransformer2DModel"

@@ -14,9 +14,8 @@ from models.diffusers.networks import Pretrained
 from models.diffusers.pipeline import find_components
 from models.diffusers.text import Prompts
 from tests.deploy.text.conftest import TEXTS
-from tests.helpers.commands import REPOSITORY
 from tests.helpers.refusals import assert_refused, refused
-from tests.helpers.training import fit_words
+from tests.helpers.training import fit_words, study_config
 from trainer.module import Generator
 
 transformers = pytest.importorskip(
@@ -148,7 +147,7 @@ def test_a_folder_with_parts_that_do_not_fit_is_refused(folder, prompts, tmp_pat
 def student_words(folder, pairs, tmp_path):
     """Return the command that trains a student on the pairs, but for the condition's file."""
     return fit_words(
-        REPOSITORY / "configs/text/student.yaml",
+        study_config("text", "student"),
         tmp_path / "run",
         *("--model.denoiser.folder", folder, "--model.initial", folder),
         *("--model.codec", folder / "vae", "--model.condition.encoder", folder),

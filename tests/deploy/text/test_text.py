@@ -21,9 +21,9 @@ from models.diffusers.text import Prompts
 from models.interpolant import Linear
 from models.sampler import DDIM
 from tests.deploy.text.conftest import TEXTS
-from tests.helpers.commands import REPOSITORY, run_command, succeed
+from tests.helpers.commands import run_command, succeed
 from tests.helpers.refusals import assert_refused
-from tests.helpers.training import train
+from tests.helpers.training import study_config, train
 
 pytest.importorskip("transformers", reason="needs transformers: pip install 'rectify[text]'")
 
@@ -122,7 +122,7 @@ class Student:
         """Train a student, and return its run."""
         short = ("--data.batch", "8", "--optimizer.lr", "0.01")
         average = ("--trainer.callbacks.init_args.decay", "0.5")
-        config = REPOSITORY / "configs/text/student.yaml"
+        config = study_config("text", "student")
         return train(config, self.runs / name, *short, *average, *words, steps=steps)
 
 

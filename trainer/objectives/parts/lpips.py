@@ -1,26 +1,34 @@
 """LPIPS: how differently two images look to a pretrained network.
 
-Zhang et al. 2018 (arXiv 1801.03924). Its public weights are a file that the user provides.
+Zhang et al. 2018 (arXiv 1801.03924), version 0.1. The user provides the pretrained network, its
+trunk; torchmetrics contains the learned linear layers. Its LPIPS itself is not used: it needs
+torchvision, and normalises the features differently, so that its distances differ.
 """
 
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models.codec import load_codec
+from models.tensors import tensor_digest
 
 # Tensor names of the lpips package and of torchvision.
 TRUNK_NAME = re.compile(r"(?:net\.slice\d|features)\.(\d+\.(?:weight|bias))")
 LINEAR_NAME = re.compile(r"lins?\.?(\d)\.model\.\d\.weight")
 WAY_OUT = (
-    "make it once with the lpips package: "
-    'safetensors.torch.save_model(lpips.LPIPS(net="vgg"), "lpips.safetensors")'
+    "download torchvision's https://download.pytorch.org/models/vgg16-397923af.pth "
+    "or alexnet-owt-7be5be79.pth"
 )
+# The linear layers of LPIPS 0.1, by their trunk (models.tensors.tensor_digest).
+LINEAR_DIGESTS = {
+    "alex": "885a51c7aba6f7ccf3321ca5f345fbd72201f3347f0a88e807016be494493f5d",
+    "vgg": "09016f6c713efecd87823d0ac57b392f1c5c47de4e54122e04c71f80cc4650a3",
+}
 
 
 class Trunk(NamedTuple):
@@ -31,10 +39,10 @@ class Trunk(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The tensors of a file of LPIPS's weights."""
+    """The tensors of a file."""
 
     trunk: dict[str, Tensor]  # by the names of the trunk's layers
-    linear: dict[int, Tensor]  # by the number of the tap
+    linear: dict[int, Tensor]  # by the number of the tap; only files of the lpips package have them
 
 
 def vgg() -> Trunk:
@@ -70,8 +78,8 @@ class LPIPS(nn.Module):
     are weighted by channel and averaged over pixels, and the layers are added.
 
     Args:
-        weights: the lpips package's weights, version 0.1, for VGG16 or AlexNet: trunk and
-            linear layers in one safetensors file.
+        weights: VGG16 or AlexNet, as torchvision's file (.pth, or its tensors in safetensors), or
+            the lpips package's model, version 0.1, in safetensors.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -86,18 +94,20 @@ class LPIPS(nn.Module):
         self.net, self.taps = alex() if is_alex else vgg()
         self.min_size = 31 if is_alex else 16  # in pixels: below that a layer is empty
 
-        # 2. Its weights, and those of the linear layers.
         try:
             self.net.load_state_dict(found.trunk)
-            for number, tap in enumerate(self.taps):
-                channels: int = self.net[tap - 1].out_channels  # type: ignore[assignment]
-                linear = found.linear[number].view(1, channels, 1, 1)
-                self.register_buffer(f"linear{number}", linear)
-        except (KeyError, RuntimeError) as error:
+        except RuntimeError as error:
             why = " ".join(str(error).split())[:160]
-            raise ValueError(
-                f"{weights}: not the weights of LPIPS on VGG16 or AlexNet ({why}); {WAY_OUT}"
-            ) from None
+            raise ValueError(f"{weights}: neither VGG16 nor AlexNet ({why}); {WAY_OUT}") from None
+
+        # 2. The linear layers, one for each tap.
+        for number, linear in enumerate(load_linear("alex" if is_alex else "vgg")):
+            given = found.linear.get(number, linear)
+            if not torch.equal(given.float().flatten(), linear.flatten()):
+                raise ValueError(
+                    f"{weights}: its linear layer {number} is not that of LPIPS 0.1; {WAY_OUT}"
+                )
+            self.register_buffer(f"linear{number}", linear)
 
         # 3. ImageNet's mean and standard deviation, for images in [-1, 1].
         shift = torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)
@@ -136,15 +146,29 @@ class LPIPS(nn.Module):
         return torch.stack(distances).sum(0)
 
 
+def load_linear(net: str) -> list[Tensor]:
+    """Return the weights of the linear layers on a trunk, (1, C, 1, 1) for each tap.
+
+    Args:
+        net: "alex" or "vgg".
+
+    Raises:
+        ValueError: this version of torchmetrics contains others than LPIPS 0.1's.
+    """
+    path = Path(str(files("torchmetrics"))) / f"functional/image/lpips_models/{net}.pth"
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    if tensor_digest(tensors) != LINEAR_DIGESTS[net]:
+        raise ValueError(
+            f"{path}: not the linear layers of LPIPS 0.1; pip install torchmetrics==1.9.0"
+        )
+    return [tensors[f"lin{number}.model.1.weight"] for number in range(len(tensors))]
+
+
 def _load_weights(path: Path) -> Weights:
     """Return the tensors of the trunk and of the linear layers from a file."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; LPIPS needs its weights: {WAY_OUT}")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); {WAY_OUT}") from None
-
+        raise FileNotFoundError(f"{path}: no such file; LPIPS needs a trunk: {WAY_OUT}")
+    tensors = _read_pickle(path) if path.suffix == ".pth" else _read_safetensors(path)
     trunk = {}
     linear = {}
     for name, value in tensors.items():
@@ -155,15 +179,37 @@ def _load_weights(path: Path) -> Weights:
         if in_linear:
             linear[int(in_linear[1])] = value
     if "0.weight" not in trunk:
-        raise ValueError(f"{path}: holds no trunk (net.slice1.0.weight, ...); {WAY_OUT}")
+        raise ValueError(f"{path}: holds no trunk (features.0.weight, ...); {WAY_OUT}")
     return Weights(trunk, linear)
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file of torch.save, without running code from it."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises many kinds
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not readable by torch.load ({why}); {WAY_OUT}") from None
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, without the classifier on top of the trunk."""
+    tensors = {}
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if not name.startswith("classifier."):
+                    tensors[name] = file.get_tensor(name)
+        return tensors
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); {WAY_OUT}") from None
 
 
 class Perceptual:
     """LPIPS of the images that x encodes.
 
     Args:
-        weights: file of LPIPS's weights (safetensors).
+        weights: file of VGG16 or AlexNet, see LPIPS.
         codec: folder of the codec that decodes x, the model's; none if x is pixels.
         scale: factor of the distances, positive.
     """

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models.interpolant import Interpolant, Linear
+from models.interpolant import Interpolant, Linear, find_last
 
 END_MARGIN = 1e-5  # t is kept this far off 0 and 1, where some predictions are singular
 
@@ -46,19 +46,12 @@ class TimeDistribution(ABC):
 
 
 def invert_increasing(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """Return the t in [0, 1] at which an increasing function takes the values, to 2^-48.
+    """Return the t in [0, 1] at which an increasing function takes the values, to 2^-48."""
 
-    Each of 12 rounds keeps one of 16 parts of the interval.
-    """
-    low = torch.zeros_like(values, dtype=torch.float64)
-    width = 1.0
-    for _ in range(12):
-        width /= 16
-        edges = torch.arange(1, 16, dtype=low.dtype, device=low.device)
-        ends = low[..., None] + width * edges
-        parts_below = (function(ends) <= values[..., None]).sum(-1)
-        low = low + width * parts_below
-    return low.to(values.dtype)
+    def is_below(t: Tensor) -> Tensor:
+        return function(t) <= values[..., None]
+
+    return find_last(is_below, values.double(), parts=16, rounds=12).to(values.dtype)
 
 
 class Uniform(TimeDistribution):

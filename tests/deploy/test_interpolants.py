@@ -15,11 +15,13 @@ from deploy.run import command, load
 from models.checkpoint import load_checkpoint
 from tests.helpers.commands import REPOSITORY, succeed
 from tests.helpers.refusals import assert_refused
-from trainer.jobs import job
-from trainer.jobs.evaluate import RunSampler
+from tests.helpers.training import read_config
+from trainer.jobs.device import choose_device
+from trainer.jobs.options import DEFAULT_SAMPLING
+from trainer.jobs.run_sampler import RunSampler
 
-PIPELINE = REPOSITORY / "configs/forms/pipeline.yaml"
-STAGES = load(PIPELINE)["stages"]
+PIPELINE = REPOSITORY / "configs/interpolants/pipeline.yaml"
+STAGES = load(PIPELINE).stages
 FITS = [stage for stage in STAGES if stage["name"].startswith("fit-")]
 
 
@@ -35,9 +37,17 @@ def test_every_model_has_three_seeds_trained_and_measured():
     assert len([stage for stage in STAGES if stage["name"].startswith("evaluate-")]) == 15
 
 
+def model_file(stage: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of the file that a model adds to the base."""
+    base, more = stage["fit"]["config"]
+    assert base == "configs/interpolants/base.yaml"
+    return read_config((REPOSITORY / more,))
+
+
 def test_all_models_have_the_same_budget():
     budget = ("trainer.", "optimizer.", "data.batch")
     for stage in FITS:
+        assert model_file(stage).keys() == {"out", "model"}
         assert not [key for key in stage["fit"] if key.startswith(budget)]
 
 
@@ -54,7 +64,7 @@ def test_every_model_trains_and_samples(inside_workspace, tmp_path, stage):
     # The run has the interpolant and the prediction of its stage.
     run = tmp_path / stage["name"].removeprefix("fit-").removesuffix("-0") / "0"
     denoiser, _, _ = load_checkpoint(run)
-    wanted = {key.rpartition(".")[2]: value for key, value in stage["fit"].items()}
+    wanted = model_file(stage)["model"]["init_args"]["denoiser"]["init_args"]
     assert type(denoiser.interpolant).__name__ == wanted["interpolant"]
     assert type(denoiser.prediction).__name__ == wanted["prediction"]
 
@@ -68,7 +78,7 @@ def test_the_smoke_run_makes_a_table(inside_workspace, tmp_path, inside):
     classifier = inside_workspace / "runs/demo/images/classifier.safetensors"
     (tmp_path / "images/classifier.safetensors").hardlink_to(classifier)
     deploy.run.run(PIPELINE, tmp_path, smoke=True)
-    text = (tmp_path / "forms.md").read_text()
+    text = (tmp_path / "interpolants.md").read_text()
     assert "**DPMSolver2M**" in text
     assert "| vp-noise | " in text
 
@@ -92,7 +102,8 @@ def test_each_of_several_samplers_is_measured_as_one_alone(inside_workspace, tmp
 def drawing(inside_workspace):
     """Return images of the demo's teacher, sampled with a stochastic sampler."""
     with torch.inference_mode():
-        yield RunSampler(Path("runs/demo/teacher"), 1.0, 2, job.start(), "Renoising")
+        run = Path("runs/demo/teacher")
+        yield RunSampler(run, DEFAULT_SAMPLING, 1.0, 2, choose_device(), "Renoising")
 
 
 def test_an_image_does_not_depend_on_the_rest_of_its_batch(drawing):
@@ -200,11 +211,11 @@ def test_a_folder_without_evaluations_is_refused(evaluations, capfd):
 @pytest.fixture(scope="module")
 def published():
     """Return the published figures."""
-    return read_json(REPOSITORY / "docs/forms.json")
+    return read_json(REPOSITORY / "docs/interpolants.json")
 
 
 def test_the_published_table_is_made_from_the_published_figures(published):
-    assert markdown(published) in (REPOSITORY / "docs/forms.md").read_text()
+    assert markdown(published) in (REPOSITORY / "docs/interpolants.md").read_text()
 
 
 def test_the_published_figures_are_complete(published):
