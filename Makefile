@@ -1,6 +1,6 @@
 # make demo   runs the whole pipeline on real digits and prints its table
 # make test   lint, types, import contract and the tests
-# make test-slow   kills, lost hosts, damaged files (a few seeds of each), whole pipelines in short
+# make test-slow   kills, lost hosts, damaged files (a few seeds of each), whole pipelines in short, all commands of the docs
 # make test-long   every seed of these; their log is docs/test-long.log
 PYTHON ?= python3
 BIN := .venv/bin

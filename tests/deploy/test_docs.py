@@ -124,6 +124,7 @@ def run_documented(command: str, folder: Path) -> None:
         assert not ended.code, command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.stem)
 def test_every_command_runs_in_order(page, user_folder, finished, monkeypatch):
     """A page continues README. Its programs read what its commands have written, and run last."""

@@ -1,8 +1,11 @@
 """Evaluation in real processes."""
 
+import pytest
+
 from data.files import read_json
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_measures(workspace, tmp_path):
     results = []
     for processes in (1, 2):

@@ -68,6 +68,7 @@ def descend(workspace, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 def test_two_processes_make_the_same_gradients_and_weights(descend, config, request):
     """The two ranks are equal bit for bit, and equal to one process up to rounding.

@@ -63,6 +63,7 @@ def test_it_resumes_exactly(workspace, stopped_run, sharded_run, tmp_path):
     assert losses(run) == losses(sharded_run)
 
 
+@pytest.mark.slow
 def test_it_resumes_unsharded_in_one_process_and_sharded_again(
     workspace, stopped_run, sharded_run, tmp_path
 ):

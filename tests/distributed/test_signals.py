@@ -45,6 +45,7 @@ def assert_saved_midway(out):
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "workers"),
     [(signal.SIGTERM, 0), (signal.SIGUSR1, 2)],
@@ -122,6 +123,7 @@ def test_rebuilding_averages_without_snapshots_is_refused(workspace, uninterrupt
     assert_fails(workspace, words, uninterrupted_run / "ema", "widths")
 
 
+@pytest.mark.slow
 def test_a_signal_in_an_accumulated_step_loses_nothing(workspace, uninterrupted_run, tmp_path):
     """The interrupted step begins again with its first batch.
 

@@ -55,6 +55,7 @@ def test_a_bad_sample_is_named_with_its_time(workspace, spoiled_options, tmp_pat
     assert re.search(r"times\W+0\.\d", refused_line(err))
 
 
+@pytest.mark.slow
 def test_bad_steps_are_skipped_and_counted(workspace, spoiled_options, tmp_path):
     run = tmp_path / "run"
     skip = ("--loss_guard.skip", "2")
@@ -78,6 +79,7 @@ def limit_memory():
     resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_names_the_batch(workspace, tmp_path):
     large = ("--data.batch", "30000", "--model.denoiser.net.width", "256")
     process = workspace.start(*tiny_fit_words(tmp_path / "run", 8, *large), preexec=limit_memory)

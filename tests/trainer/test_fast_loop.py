@@ -145,7 +145,7 @@ def test_a_profiler_is_refused(tmp_path):
 def distilled(tmp_path_factory):
     """Return the run of a student and the fake network of its objective, by its options."""
     folder = tmp_path_factory.mktemp("distilled")
-    net = spec("MLP", width=16, depth=1)
+    net = spec("models.nets.mlp.MLP", width=16, depth=1)
     teacher = Denoiser(MLP(width=16, depth=1), Linear(), Velocity())
     save_teacher(folder / "teacher", teacher, Unconditional())
     frozen = spec("FrozenTeacher", run=str(folder / "teacher"))

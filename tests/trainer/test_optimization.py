@@ -55,7 +55,9 @@ def test_a_schedule_multiplies_the_learning_rate_of_every_group():
 
 
 CONFIG = small_config(
-    spec("Plane", distribution="two_moons"), net=spec("MLP", width=16, depth=1), lr=0.01
+    spec("Plane", distribution="two_moons"),
+    net=spec("models.nets.mlp.MLP", width=16, depth=1),
+    lr=0.01,
 )
 
 
