@@ -53,7 +53,7 @@ COMMANDS = {
 
 def read_state(path: Path) -> dict:
     """Return the part of a checkpoint that training resumes from."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, resume=True)
     return {key: checkpoint[key] for key in (*TRAINING_STATE, "lr_schedulers")}
 
 
