@@ -3,6 +3,7 @@
 A verb's module is imported only when the verb is called, so `rectify --help` is instant.
 """
 
+import gc
 import importlib
 import inspect
 import logging
@@ -11,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from deploy.hints import explain, nearest, one_line
@@ -158,6 +160,22 @@ def complete_flags(
     return completed
 
 
+def import_verb(name: str) -> ModuleType:
+    """Import a verb's module without garbage collection.
+
+    What imports create lives until the process ends. The collector would look through it during
+    the imports and several times at the end: a third of the time that a short command takes.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def call(verb: str, args: Sequence[str]) -> None:
     """Import a verb's function and call it with its arguments; for --help, print its help.
 
@@ -172,7 +190,7 @@ def call(verb: str, args: Sequence[str]) -> None:
     logging.basicConfig(format="%(name)s: %(message)s")
     for package in PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO)
-    function = getattr(importlib.import_module(module), name)
+    function = getattr(import_verb(module), name)
     if verb == "fit":
         function(args)
     else:

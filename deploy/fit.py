@@ -55,10 +55,17 @@ IGNORED_WARNINGS = (
     r"|across ranks is zero|in eval mode).*"
 )
 WANDB_RETRY_SECONDS = (1, 2, 4)
-FLAG_HELP = (
-    "An option of type bool needs no value: `--NAME` means `--NAME true`. Arguments of the model's "
-    "classes need one: `--model.recompute true`."
-)
+PARSER_OPTIONS = {
+    "exit_on_error": False,
+    "prog": "rectify fit",
+    "usage": "rectify fit --config FILE [--config FILE ...] [--NAME VALUE ...]",
+    "description": "Train an autoencoder, a teacher or a student. The same command continues a "
+    "run from its newest checkpoint. Later files and options win over earlier ones. "
+    "`--print_config` prints the whole configuration; `--model.help Generator` lists the "
+    "arguments of a class, which are options too: `--model.recompute true`.",
+    "epilog": "An option of type bool needs no value: `--NAME` means `--NAME true`. Arguments of "
+    "classes need one.",
+}
 # Defaults of the Trainer, which a configuration may override.
 TRAINER_DEFAULTS = {
     "max_epochs": -1,
@@ -92,14 +99,13 @@ class Fit(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str]):
-        parser_options = {"exit_on_error": False, "prog": "rectify fit", "epilog": FLAG_HELP}
         try:
             super().__init__(
                 datamodule_class=DataModule,
                 save_config_callback=KeepConfig,
                 trainer_defaults=TRAINER_DEFAULTS,
                 seed_everything_default=0,
-                parser_kwargs=parser_options,
+                parser_kwargs=PARSER_OPTIONS,
                 run=False,
                 args=list(args),
                 auto_configure_optimizers=False,

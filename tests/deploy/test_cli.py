@@ -92,6 +92,18 @@ def test_a_verb_imports_only_what_it_needs(verb, needless):
     assert not needless & set(done.stdout.split())
 
 
+def test_the_classes_that_fit_lists_need_no_library_before_one_is_built():
+    code = """
+import sys
+from deploy.fit import import_components
+import_components()
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    needless = {"diffusers", "transformers", "sklearn", "torchdiffeq", "accelerate", "wandb"}
+    assert not needless & set(done.stdout.split())
+
+
 def test_fit_has_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["fit", "--help"])
