@@ -244,11 +244,16 @@ class Sampler(ABC):
             f"t = {times[0]:.6g} (NoisePrediction and Score cannot where alpha = 0)?"
         )
 
-    def nfe(self, denoiser: DenoiserLike | None = None) -> int:
-        """Return the network evaluations per sample; guidance doubles them where it acts."""
+    def nfe(self, denoiser: DenoiserLike | None = None, inverse: bool = False) -> int:
+        """Return the network evaluations per sample; guidance doubles them where it acts.
+
+        Args:
+            denoiser: whose evaluations are counted; by default one without guidance.
+            inverse: of `invert`, which makes its evaluations at other times.
+        """
         blank = torch.zeros(1, 1, 1, 1)
         trajectory = Trajectory(_CountedDenoiser(denoiser), noise=lambda step: blank)
-        self._take_steps(self.times, trajectory, blank)
+        self._take_steps(self.times[::-1] if inverse else self.times, trajectory, blank)
         return trajectory.nfe
 
 

@@ -209,7 +209,7 @@ class DormandPrince(Sampler):
         x_end = super().first_inverse_step(trajectory, x, t, end)
         return self.step(trajectory, x_end, end, s)
 
-    def nfe(self, denoiser: DenoiserLike | None = None) -> int:
+    def nfe(self, denoiser: DenoiserLike | None = None, inverse: bool = False) -> int:
         """Return the network evaluations of the last call, guidance included."""
         if self._last is None:
             raise ValueError(

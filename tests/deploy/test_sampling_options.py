@@ -10,6 +10,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from data.shards import ShardWriter
 from models import exact
 from models import sampler as samplers
 from models.checkpoint import fingerprint
+from models.codec import KL
 from models.condition import ClassLabel
 from models.denoiser import Denoiser
 from models.exact import Mixture
@@ -381,6 +383,10 @@ def test_every_interpolant_without_arguments_has_a_name():
     ("words", "named"),
     [
         ("--edges [1,0.5,0] --grid karras", ("edges", "[1.0, 0.5, 0.0]", "grid", "karras")),
+        (
+            "--edges [1,0.5,0] --interpolant VariancePreserving",
+            ("edges", "[1.0, 0.5, 0.0]", "interpolant", "VariancePreserving"),
+        ),
         ("--grid_shift 3", ("grid_shift", "3.0", "uniform", "shifted")),
         ("--grid shifted", ("shifted", "grid_shift")),
         ("--grid shifted --grid_shift 0", ("shift", "0.0")),
@@ -389,9 +395,9 @@ def test_every_interpolant_without_arguments_has_a_name():
         ("--guidance_interval [0.2,0.7]", ("guidance_interval", "[0.2, 0.7]", "guidance is 1")),
         ("--guidance_rescale 0.5", ("guidance_rescale", "0.5", "guidance is 1")),
         ("--autoguidance {runs}/weaker", ("autoguidance", "{runs}/weaker", "guidance is 1")),
-        ("--guidance 2 --guidance_interval [0.7,0.2]", ("0.7", "0.2", "low <= high")),
+        ("--guidance 2 --guidance_interval [0.7,0.2]", ("guidance_interval", "[0.7, 0.2]")),
         ("--guidance 2 --guidance_interval [0.7]", ("guidance_interval", "[0.7]")),
-        ("--guidance 2 --guidance_rescale 2", ("rescale", "2.0", "[0, 1]")),
+        ("--guidance 2 --guidance_rescale 2", ("guidance_rescale", "2", "[0, 1]")),
         ("--guidance 2 --autoguidance {runs}/nowhere", ("{runs}/nowhere",)),
         (
             "--guidance 2 --autoguidance {runs}/conditioned",
@@ -417,6 +423,15 @@ def test_a_weaker_run_with_other_classes_is_refused(runs, tmp_path, capfd):
     words = ("--guidance", 2, "--autoguidance", tmp_path / "three", "--out", tmp_path / "x.png")
     command = ("sample", "--run", runs / "teacher", *words)
     assert_refused(capfd, command, "autoguidance", tmp_path / "three", "3 classes", "2 classes")
+
+
+def test_a_weaker_run_in_other_latents_is_refused(runs, tmp_path, capfd):
+    AutoencoderKL(in_channels=1, out_channels=1, latent_channels=1).save_pretrained(tmp_path)
+    run = save_teacher(tmp_path / "run", exact_denoiser(), ClassLabel(2), KL(str(tmp_path)))
+    words = ("--guidance", 2, "--autoguidance", run, "--out", tmp_path / "x.png")
+    assert_refused(
+        capfd, ("sample", "--run", runs / "teacher", *words), "autoguidance", run, "codec"
+    )
 
 
 def test_the_options_have_the_same_names_in_every_verb(capsys):

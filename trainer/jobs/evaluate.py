@@ -400,6 +400,8 @@ def evaluate(
             names[out / name] = name
     for n in steps:
         run_sampler.build_sampler(n)
+    if teacher_sampler:
+        teacher_sampler.build_sampler(max(steps))
 
     # Features of the real images.
     network = None

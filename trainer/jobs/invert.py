@@ -97,7 +97,7 @@ def invert(
     check_guidance_options(sampling, [model])
     check_latents(source, model)
     integrator = model.build_sampler(sampler, steps)
-    evaluations = integrator.nfe(model.guide(guidance))
+    evaluations = integrator.nfe(model.guide(guidance), inverse=True)
 
     # What the set is: another plan in the same folder is an error.
     checksums = [record["sha256"] for record in source.manifest["shards"]]

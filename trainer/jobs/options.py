@@ -71,6 +71,20 @@ class SamplingOptions:
             raise ValueError(
                 f"edges is {self.edges} and grid is {self.grid}; both set the times: omit one"
             )
+        if self.edges and self.interpolant:
+            raise ValueError(
+                f"edges is {self.edges} and interpolant is {self.interpolant}; edges are times of "
+                "the network's own interpolant: omit one"
+            )
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(
+                f"guidance_interval is [{low:g}, {high:g}]; it must rise within [0, 1]"
+            )
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(
+                f"guidance_rescale is {self.guidance_rescale:g}; it must lie in [0, 1]"
+            )
         if self.grid_shift is not None and self.grid != "shifted":
             raise ValueError(
                 f"grid_shift is {self.grid_shift} and grid is {self.grid}; "

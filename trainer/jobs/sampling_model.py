@@ -9,7 +9,8 @@ from torch import Tensor
 
 from models import interpolant as interpolants
 from models import sampler as samplers
-from models.checkpoint import fingerprint, load_checkpoint
+from models.checkpoint import LoadedModel, fingerprint, load_checkpoint
+from models.codec import KL, Codec
 from models.condition import ClassLabel, Condition
 from models.denoiser import Denoiser
 from models.description import describe, identity
@@ -51,9 +52,9 @@ class SamplingModel:
         self.weaker: Denoiser | None = None
         self.negative: Denoiser | Retimed | None = None
         if options.autoguidance and self.is_guided:
-            self.weaker, _, condition = load_checkpoint(options.autoguidance)
-            self.weaker.to(device)
-            check_weaker(options.autoguidance, self.weaker, condition, self)
+            loaded = load_checkpoint(options.autoguidance)
+            check_weaker(options.autoguidance, loaded, self)
+            self.weaker = loaded.denoiser.to(device)
             self.negative = self.weaker
             if identity(self.weaker.interpolant) != identity(self.denoiser.interpolant):
                 self.negative = Retimed(self.weaker, self.denoiser.interpolant)
@@ -145,18 +146,18 @@ def build_grid(
     return None
 
 
-def check_weaker(path: Path, weaker: Denoiser, condition: Condition, model: SamplingModel) -> None:
+def check_weaker(path: Path, loaded: LoadedModel, model: SamplingModel) -> None:
     """Check that a weaker network can guide a model.
 
     Args:
         path: of the weaker network.
-        weaker: its denoiser.
-        condition: its condition.
+        loaded: what was loaded from it.
         model: the model.
 
     Raises:
-        ValueError: they differ in shape, condition or inputs.
+        ValueError: they differ in shape, codec, condition or inputs.
     """
+    weaker, codec, condition = loaded
     where = f"autoguidance: {path}"
     way_out = "give a smaller network or an earlier checkpoint of the same model"
     if weaker.shape != model.denoiser.shape:
@@ -164,12 +165,19 @@ def check_weaker(path: Path, weaker: Denoiser, condition: Condition, model: Samp
             f"{where} was built for {weaker.shape}, {model.path} for {model.denoiser.shape}; "
             f"{way_out}"
         )
+    if codec_weights(codec) != codec_weights(model.codec):
+        raise ValueError(f"{where} has another codec than {model.path}; {way_out}")
     found = describe_condition(condition)
     expected = describe_condition(model.condition)
     if found != expected:
         raise ValueError(f"{where} has {found}, {model.path} has {expected}; {way_out}")
     if model.denoiser.two_time and not weaker.two_time:
         raise ValueError(f"{where} takes no second time, which {model.path} takes; {way_out}")
+
+
+def codec_weights(codec: Codec) -> str | None:
+    """Return the checksum of a codec's weights, or None for pixels."""
+    return codec.weights() if isinstance(codec, KL) else None
 
 
 def describe_condition(condition: Condition) -> str:
