@@ -17,6 +17,7 @@ from models.checkpoint import CODEC, FORMAT, fingerprint, load_checkpoint, newes
 from models.codec import KL
 from models.denoiser import Denoiser
 from models.description import build, describe
+from models.diffusers.networks import Pretrained
 from models.diffusers.pipeline import INDEX
 from models.tensors import read_safetensors, to_safetensors
 
@@ -86,7 +87,7 @@ def difference(value: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def make_delta(run: Path, base_model: Denoiser) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a student's delta."""
     student, codec, condition = load_checkpoint(run)
-    if getattr(student.net, "lora", 0):
+    if isinstance(student.net, Pretrained) and student.net.lora:
         raise ValueError(
             f"{run}: it was trained with LoRA adapters, which are a difference already; "
             "`rectify export` writes them alone"

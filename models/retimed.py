@@ -34,7 +34,7 @@ class Retimed(nn.Module):
             raise ValueError(
                 f"Retimed: the angles of {interpolant!r} run from {low:.4g} to {high:.4g}, those "
                 f"of the denoiser's {inner!r} only from {inner_low:.4g} to {inner_high:.4g}, more "
-                f"than gap {gap} short; raise gap, or use an interpolant within it"
+                f"than gap {gap} short; use an interpolant within it, or another gap"
             )
 
     def evaluations(self, t: Tensor) -> int:

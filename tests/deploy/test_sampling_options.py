@@ -41,13 +41,20 @@ from models.sampler import (
     uniform_lambda,
     window_grid,
 )
+from models.windows import Piecewise
 from tests.examples import default_instances
 from tests.helpers.commands import run_command, succeed
 from tests.helpers.refusals import assert_refused
 from tests.helpers.teachers import save_teacher, small_denoiser
 from tests.oracle import single
-from trainer.jobs.options import AnySampler, DeterministicSampler, InterpolantName
+from trainer.jobs.options import (
+    AnySampler,
+    DeterministicSampler,
+    InterpolantName,
+    SamplingOptions,
+)
 from trainer.jobs.run_sampler import tile_images
+from trainer.jobs.sampling_model import build_grid
 
 CLASSES = 2
 COUNT = 12
@@ -182,6 +189,12 @@ def test_a_grid_is_the_samplers_times(make_pairs, words, times, recorded):
     assert recorded.items() <= found.manifest.items()
     uniform_samples = DDIM(STEPS)(exact_denoiser(), *found.inputs)
     assert not torch.equal(found.samples, uniform_samples.half().float())
+
+
+def test_the_trailing_grid_in_windows_has_the_levels_of_their_chain():
+    options = SamplingOptions(grid="trailing")
+    windows = Piecewise(Discrete.linear(100), 4)
+    assert build_grid(3, options, windows) == trailing(3, 100)
 
 
 def test_the_trailing_grid_has_the_levels_of_a_discrete_chain(make_pairs):
@@ -404,7 +417,10 @@ def test_every_interpolant_without_arguments_has_a_name():
             ("autoguidance", "{runs}/conditioned", "(2, 4, 4)", "{runs}/teacher", "(1, 4, 4)"),
         ),
         ("--interpolant Linaer", ("interpolant", "Linaer", "Linear")),
-        ("--interpolant EDMPath --teacher {runs}/short", ("Retimed", "EDMPath", "2.0", "80.0")),
+        (
+            "--interpolant EDMPath --teacher {runs}/short",
+            ("interpolant", "{runs}/short", "EDMPath", "80.0"),
+        ),
         (
             "--guidance 2 --guidance_interval [0,0.5] --teacher {runs}/conditioned",
             ("guidance_interval", "[0.0, 0.5]", "{runs}/conditioned", "guidance scale"),

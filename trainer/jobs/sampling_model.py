@@ -18,6 +18,7 @@ from models.diffusers.text import with_prompts
 from models.guidance import GuidanceConditioned, Guided, with_guidance
 from models.interpolant import Discrete, Interpolant
 from models.retimed import Retimed
+from models.windows import Piecewise
 from trainer.jobs.options import AnySampler, SamplingOptions
 
 CHAIN_LEVELS = 1000  # of the trailing grid, where the interpolant is no discrete chain
@@ -85,7 +86,11 @@ class SamplingModel:
             guided = with_guidance(self.denoiser, scale)
         if self.interpolant is self.denoiser.interpolant:
             return guided
-        return Retimed(guided, self.interpolant)
+        try:
+            return Retimed(guided, self.interpolant)
+        except ValueError as error:
+            name = self.options.interpolant
+            raise ValueError(f"interpolant {name} for {self.path}: {error}") from None
 
     def build_sampler(self, name: AnySampler, steps: int) -> samplers.Sampler:
         """Return a sampler with a number of steps, on the grid of times.
@@ -138,6 +143,8 @@ def build_grid(
         return samplers.uniform_lambda(steps, interpolant)
     if options.grid == "trailing":
         levels = CHAIN_LEVELS
+        if isinstance(interpolant, Piecewise):
+            interpolant = interpolant.interpolant
         if isinstance(interpolant, Discrete):
             levels = len(interpolant.betas)
         return samplers.trailing(steps, levels)
