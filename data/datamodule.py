@@ -1,6 +1,5 @@
 """The Lightning data module: an endless shuffled sequence of batches that resumes exactly."""
 
-import signal
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +13,8 @@ from data.mixed import Mixed
 from data.pairs import Pairs
 from data.reader_assignment import Progress, ReaderAssignment
 from data.sequential import SequentialTars
-
-
-def ignore_signals(_: int) -> None:
-    """Ignore SIGTERM and SIGUSR1 in a reading process: the training process handles them."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+from data.shards import identify_shards
+from data.signals import prepare_reader
 
 
 class ReaderProgress:
@@ -61,7 +56,7 @@ def checksum_samples(source: BatchStream) -> str:
         return digest(canonical([checksums, source.shares]))
     if not isinstance(source, IndexedDataset):
         return ""
-    shards = [shard["sha256"] for shard in source.manifest["shards"]]
+    shards = identify_shards(source.manifest)
     if source.kept is None:
         return digest(canonical(shards))
     kept = digest(source.kept.tobytes())
@@ -215,7 +210,7 @@ class DataModule(LightningDataModule):
             batch_size=None,
             num_workers=self.workers,
             persistent_workers=True,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=prepare_reader,
         )
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:

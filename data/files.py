@@ -7,40 +7,81 @@ files are defined here, those of tensors in models/tensors.py.
 import ctypes
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import xxhash
 
 AT_FDCWD = -100  # arguments of renameat2: paths are relative to the current folder
+OFFSET_ERRORS = (errno.EINVAL, errno.EOVERFLOW, errno.EFBIG)  # of seeking where forged bytes say
 RENAME_EXCHANGE = 2  # swap the two paths
+ABANDONED_SECONDS = 24 * 3600  # since a temporary file of an unknown process was written
 
 
 @contextmanager
 def errors_named(what: object) -> Iterator[None]:
     """Turn any error in parsing foreign bytes into a ValueError that names their source.
 
-    An OSError that names its file is left as it is.
+    A fault of the machine, such as too little memory, is left as it is.
     """
     try:
         yield
     except Exception as error:  # SyntaxError, struct.error, RecursionError, errors of libraries
-        if isinstance(error, OSError) and error.filename:
-            raise
-        text = str(error) or type(error).__name__
-        if isinstance(error, KeyError):
-            text = f"no entry {error}"
+        if is_machine_fault(error):
+            raise_named(error, what)
+        text = describe_error(error)
         if str(what) not in text:
             text = f"{what}: {text}"
         raise ValueError(text) from error
+
+
+def describe_error(error: Exception) -> str:
+    """Return the message of an error, or its kind if it has none."""
+    if isinstance(error, KeyError):
+        return f"no entry {error}"
+    return str(error) or type(error).__name__
+
+
+def is_machine_fault(error: Exception) -> bool:
+    """Whether an error comes from the machine, and not from the bytes that were read.
+
+    The system's errors have a number; those of parsers that are an OSError have none.
+    """
+    if isinstance(error, OSError):
+        return error.errno not in (None, *OFFSET_ERRORS)
+    return isinstance(error, MemoryError)
+
+
+def raise_named(error: Exception, what: object) -> NoReturn:
+    """Raise a fault of the machine with the name of what was read."""
+    if isinstance(error, MemoryError):
+        text = f"{what}: {error}" if str(error) else str(what)
+        raise MemoryError(text) from error
+    if isinstance(error, OSError):
+        error.filename = error.filename or str(what)
+    raise error
+
+
+def check_folder(folder: Path) -> None:
+    """Check that there is a folder.
+
+    Raises:
+        OSError: there is none, or it is a file.
+    """
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: is a file; give the folder that has the files in it")
 
 
 def sync(path: Path) -> None:
@@ -53,10 +94,44 @@ def sync(path: Path) -> None:
 
 
 def _temporary_path(path: Path) -> Path:
-    """Return a temporary name beside a path, with the host and process that make it."""
+    """Return a temporary name beside a path, with the process that makes it and its start."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    process = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    return path.parent / f".{path.name}.{process}.tmp"
+    process = os.getpid()
+    maker = f"{process_space()}-{process}-{process_start(process)}"
+    return path.parent / f".{path.name}.{maker}-{secrets.token_hex(4)}.tmp"
+
+
+def process_space() -> str:
+    """Return a name of where this process's id is valid: its host, and what tells hosts apart.
+
+    Containers may share a host name, and have processes of the same ids. They differ in the
+    boot of their machine or in their namespace of processes.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    namespace = os.stat("/proc/self/ns/pid").st_ino
+    return f"{socket.gethostname()}-{digest(f'{boot} {namespace}'.encode())[:12]}"
+
+
+def process_start(process: int) -> str:
+    """Return when a process of this machine began, in its clock's ticks; "" if it is dead.
+
+    One that has ended counts as dead though its parent has not collected its exit code.
+    """
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    fields = text.rpartition(")")[2].split()
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def read_clock(folder: Path) -> float:
+    """Return the time of the clock that stamps the files in a folder: the file server's."""
+    probe = folder / f".now-{secrets.token_hex(8)}"
+    probe.touch()
+    stamp = probe.stat().st_mtime
+    probe.unlink()
+    return stamp
 
 
 @contextmanager
@@ -74,8 +149,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         # Name the file of an error of the system, such as a full disk.
         # An OSError with a message of ours has no errno and names its file itself.
-        if error.errno:
-            error.filename = error.filename or str(path)
+        if error.errno and error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -126,6 +201,28 @@ def _rename_folder(temporary: Path, path: Path) -> None:
         os.rename(temporary, path)
 
 
+def files_by_step(folder: Path, suffix: str) -> list[Path]:
+    """Return the files and folders step=N<suffix> in a folder, in the order of N.
+
+    Their names may have zeros before N or not. Of two with the same N, the longer name comes last.
+    """
+    found = []
+    for path in folder.glob(f"step=*{suffix}"):
+        step = path.name.removeprefix("step=").removesuffix(suffix)
+        if step.isdecimal():
+            found.append((int(step), len(step), path))
+    return [path for _, _, path in sorted(found)]
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file or folder to the first free NAME.earlier-N beside it, and return that."""
+    for number in itertools.count(1):
+        target = path.with_name(f"{path.name}.earlier-{number}")
+        if not target.exists():
+            break
+    return path.rename(target)
+
+
 def remove(path: Path) -> None:
     """Delete a file or folder.
 
@@ -160,10 +257,23 @@ def remove_leftovers(folder: Path, finished: str | None = None) -> None:
 
 
 def _is_abandoned(temporary: Path) -> bool:
-    """Whether the process that made a temporary file ran on this machine and is dead."""
-    host = re.escape(socket.gethostname())
-    found = re.fullmatch(rf"\..*\.{host}-(\d+)-[0-9a-f]{{8}}\.tmp", temporary.name)
-    return found is not None and not Path(f"/proc/{found[1]}").exists()
+    """Whether the process that made a temporary file is dead.
+
+    That of another machine or container, or from before a restart, counts as dead when nothing
+    was written for a day.
+    """
+    space = re.escape(process_space())
+    found = re.fullmatch(rf"\..*\.{space}-(\d+)-(\d+)-[0-9a-f]{{8}}\.tmp", temporary.name)
+    if found:  # ids are used again: the first process of every container is number 1
+        return process_start(int(found[1])) != found[2]
+    with suppress(FileNotFoundError):  # it has just got its name
+        return time.time() - _last_written(temporary) > ABANDONED_SECONDS
+    return False
+
+
+def _last_written(path: Path) -> float:
+    """Return when a file, or anything in a folder, was written last."""
+    return max(part.stat().st_mtime for part in [path, *path.rglob("*")])
 
 
 def canonical(value: Any) -> bytes:

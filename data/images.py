@@ -3,7 +3,7 @@
 import io
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,14 +12,12 @@ from torch import Tensor
 
 from data.batch import Batch, IndexedDataset
 from data.files import errors_named
+from data.pixels import IMAGE_FIELDS, PixelOptions, convert_image, open_image, pixels_of
 from data.schema import SHA256, check_schema
 from data.shards import ShardReader
 
-IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp")  # fields of a shard's sample that hold an image
-
-# Formats that Pillow may detect, whatever the name of the field. It runs programs for some others,
-# such as EPS.
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+# Entries of a set's manifest that say how its images become pixels; those of ours are converted.
+PIXEL_SCHEMA = {"grey": bool, "background": str, "white": (None, float)}
 
 
 class LazyImage(NamedTuple):
@@ -30,27 +28,50 @@ class LazyImage(NamedTuple):
     label: int | None  # its class
 
 
-def fit_image(image: Image.Image, size: int, grey: bool) -> Image.Image:
-    """Return an image of 8 bits, grey or RGB, upright, scaled and centre-cropped to a square.
+def fit_image(image: Image.Image, size: int, options: PixelOptions, name: str) -> Image.Image:
+    """Return a converted image, scaled and centre-cropped to a square.
 
     Args:
-        image: any image.
+        image: any image, as it was opened.
         size: height and width of the result, in pixels. The shorter side is scaled to it.
-        grey: convert to grey, instead of RGB.
+        options: how it becomes pixels.
+        name: of the image, for the log.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
-        values = np.asarray(image, dtype=np.int64) >> 8
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    image = image.convert("L" if grey else "RGB")
+    image = convert_image(image, options, name)
     return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+
+
+def read_image(
+    data: np.ndarray, field: str, options: PixelOptions, name: str, size: int | None = None
+) -> np.ndarray:
+    """Return the pixels of an image of a tar, uint8 (C, H, W).
+
+    Args:
+        data: its bytes.
+        field: under which it is stored, the suffix of its format.
+        options: how it becomes pixels.
+        name: of the image, for the log.
+        size: height and width to which it is scaled and cropped; None leaves its own.
+    """
+    image = open_image(io.BytesIO(data.tobytes()), f".{field}")
+    if size:
+        return pixels_of(fit_image(image, size, options, name))
+    return pixels_of(convert_image(image, options, name))
+
+
+def pixel_options(manifest: dict[str, Any], name: str) -> PixelOptions:
+    """Return how the images of a set become pixels, by its manifest."""
+    entries = PixelOptions()._asdict()
+    entries.update((key, manifest[key]) for key in entries if key in manifest)
+    check_schema(entries, PIXEL_SCHEMA, name)
+    return PixelOptions(**entries)
 
 
 class Images(IndexedDataset):
     """Packed images, as float32 in [-1, 1].
 
     Args:
-        path: the set, made by `rectify pack`.
+        path: the set, made by `rectify pack` or `rectify index`.
         cache: number of decoded images kept in memory, the most recently decoded ones.
     """
 
@@ -61,7 +82,11 @@ class Images(IndexedDataset):
         self.manifest = self.reader.manifest
         schema = {"classes": (None, [str]), "listing": SHA256}
         check_schema(self.manifest, schema, f"{path}/manifest.json")
+        self.options = pixel_options(self.manifest, f"{path}/manifest.json")
         self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return self.path
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -70,27 +95,28 @@ class Images(IndexedDataset):
         """Return image i as uint8, (C, H, W)."""
         if i not in self._decoded:
             sample = self.reader[i]
-            with errors_named(f"{self.path}: image {i} ({sample['__key__']})"):
-                data = next(sample[field] for field in IMAGE_FIELDS if field in sample)
-                image = Image.open(io.BytesIO(data.tobytes()), formats=IMAGE_FORMATS)
-                pixels = np.asarray(image)
-                height, width = pixels.shape[:2]
-                self._decoded[i] = pixels.reshape(height, width, -1).transpose(2, 0, 1)
+            name = f"{self.path}: image {i} ({sample['__key__']})"
+            with errors_named(name):
+                field = next(field for field in IMAGE_FIELDS if field in sample)
+                self._decoded[i] = read_image(sample[field], field, self.options, name)
             if len(self._decoded) > self.cache:
                 self._decoded.popitem(last=False)
         return self._decoded[i]
 
     def read(self, indices: np.ndarray) -> Batch:
-        with errors_named(self.path):  # images that we did not pack may differ in size
-            pixels = [self.pixels(int(i)) for i in indices]
-            x = torch.from_numpy(np.stack(pixels))
+        pixels = [self.pixels(int(i)) for i in indices]
+        x = torch.from_numpy(np.stack(pixels))
         condition = read_labels(self.reader, indices)
         return Batch(x.float() / 127.5 - 1, latent=False, condition=condition)
 
 
 def read_labels(reader: ShardReader, indices: np.ndarray) -> Tensor | None:
-    """Return the classes of samples, (B,) int64; None if the set has no classes."""
-    if "cls" not in reader.manifest["shards"][0]["fields"]:
+    """Return the classes of samples, (B,) int64; None if the set has no classes.
+
+    Raises:
+        ValueError: only some shards have classes.
+    """
+    if not reader.has_field("cls"):
         return None
     return torch.from_numpy(reader.numbers("cls", indices))
 

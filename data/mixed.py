@@ -43,6 +43,7 @@ class Mixed(RandomAccessSource):
                 "give one positive share for each source"
             )
         _check_scales(sources)
+        _check_alike([source.take(0, 0, 1) for source in sources])
         self.sources = sources
         self.shares = shares
         period = sum(shares) // gcd(*shares)
@@ -75,7 +76,6 @@ class Mixed(RandomAccessSource):
             its_positions = positions[source_of == source]
             first = int(its_positions[0])
             batches.append(self.sources[source].take(seed, first, len(its_positions)))
-        _check_alike(batches)
 
         # Put them back into the order of the sequence.
         by_source = np.argsort(source_of, kind="stable")
@@ -110,7 +110,11 @@ def _check_scales(sources: list[RandomAccessSource]) -> None:
 
 
 def _check_alike(batches: list[Batch]) -> None:
-    """Check that all sources hold images or all latents, and all have conditions or none."""
+    """Check that all sources hold images or all latents, of one shape and all with conditions.
+
+    Args:
+        batches: one of each source.
+    """
     first = batches[0]
     for batch in batches:
         same_condition = (batch.condition is None) == (first.condition is None)
@@ -118,6 +122,12 @@ def _check_alike(batches: list[Batch]) -> None:
             raise ValueError(
                 "Mixed: only some of the sources hold latents, or only some have conditions; "
                 "use sources of the same kind"
+            )
+        if batch.x.shape != first.x.shape:
+            shapes = [tuple(part.x.shape[1:]) for part in (first, batch)]
+            raise ValueError(
+                f"Mixed: the samples of one source are {shapes[0]}, those of another {shapes[1]}; "
+                "they must have one shape (channels, height, width)"
             )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from data.batch import Batch, IndexedDataset
 from data.files import digest
 from data.images import read_labels
-from data.latents import latent_sample
+from data.latents import latent_sample, read_latents
 from data.noise import GENERATOR, noise, noises
 from data.schema import COUNT, NUMBER, SHA256, check_schema, shorten
 from data.shards import ShardReader, ShardWriter, array_to_npy, npy_to_array
@@ -262,6 +262,9 @@ class Pairs(IndexedDataset):
             count = round(keep_fraction * len(nearest))
             self.kept = np.sort(nearest[:count])
 
+    def __repr__(self) -> str:
+        return self.path
+
     def __len__(self) -> int:
         if self.kept is None:
             return len(self.pairs)
@@ -283,7 +286,7 @@ class Pairs(IndexedDataset):
 
     def read(self, indices: np.ndarray) -> Batch:
         reader = self.pairs.reader
-        x = torch.from_numpy(reader.arrays("npy", indices)).float()
+        x = read_latents(reader, indices)
         condition = read_labels(reader, indices)
         eps = self.pairs.noise(indices)
         guidance = None

@@ -6,6 +6,8 @@ import time
 
 from tqdm import tqdm
 
+from data.signals import raise_if_stopped
+
 LOG_INTERVAL = 10.0  # seconds between lines in a log
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left{postfix}"
 
@@ -48,12 +50,13 @@ class Meter:
         return self
 
     def add(self, count: int, note: str = "") -> None:
-        """Count more finished work, with a short note (such as the loss)."""
+        """Count more finished work, with a short note (such as the loss); "" keeps the last one."""
+        raise_if_stopped()
         self.done += count
-        self.note = note
+        self.note = note or self.note
         now = time.monotonic()
         if self.bar is not None:
-            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.set_postfix_str(self.note, refresh=False)
             self.bar.update(count)
         elif self.shown and now - self.last_line >= LOG_INTERVAL:
             self.last_line = now

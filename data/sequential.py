@@ -1,6 +1,6 @@
 """Webdataset tars without a manifest, local or remote, read sequentially: for very large sets."""
 
-import io
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, replace
@@ -10,27 +10,43 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from braceexpand import braceexpand
-from PIL import Image
 
 from data.batch import Batch, BatchStream
 from data.cache import Cache, parse_scheme
-from data.files import canonical, digest
-from data.images import IMAGE_FIELDS, IMAGE_FORMATS, fit_image
+from data.files import canonical, digest, is_machine_fault, raise_named
+from data.images import read_image
+from data.latents import check_unit_variance, read_latent
 from data.noise import permutation
+from data.pixels import IMAGE_FIELDS, PixelOptions
 from data.reader_assignment import (
     Progress,
     ReaderAssignment,
     initial_progress,
     restore_assignment,
 )
-from data.shards import npy_to_array
-from data.tars import LABEL_FIELD, LATENT_FIELD, Tar
+from data.shards.scan import describe_passed_over
+from data.tars import (
+    LABEL_FIELD,
+    LATENT_FIELD,
+    Tar,
+    check_options,
+    check_used,
+    field_kind,
+    parse_label,
+)
+
+ONE_LAYOUT = {  # what samples that differ must be, if they are images and if not
+    True: "data.source.size scales images to one size",
+    False: "latents must have one type and shape",
+}
+SCALE_LATENTS = 64  # latents whose variance is checked
+log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
     """One sample of a tar."""
 
-    x: np.ndarray  # pixels (uint8) or latent (float32), (C, H, W)
+    x: np.ndarray  # pixels (uint8) or latent, not scaled yet, (C, H, W)
     label: int  # 0 if no classes are read
 
 
@@ -38,6 +54,7 @@ class Layout(NamedTuple):
     """What all samples of a set have in common."""
 
     images: bool  # otherwise latents
+    type: np.dtype
     shape: tuple[int, ...]
 
 
@@ -62,6 +79,12 @@ class SequentialTars(BatchStream):
             they are left as they are, and all must have one size.
         grey: read images with one channel instead of three.
         allow_pipe: run URLs `pipe:COMMAND` in a shell. Only for commands that you trust.
+        field: the field to read, for samples with several images: jpg, or mask.png.
+        scale: factor that latents are multiplied by, such as the scaling_factor of their
+            autoencoder; 1 reads them as they are. By default they must have about unit variance.
+        background: colour on which transparent images are laid, such as white or #808080.
+        white: value of white in images of 16 or 32 bits and floats. By default 65535 for 16 bits;
+            others must declare it.
     """
 
     def __init__(
@@ -75,12 +98,18 @@ class SequentialTars(BatchStream):
         size: int | None = None,
         grey: bool = False,
         allow_pipe: bool = False,
+        field: str | None = None,
+        scale: float | None = None,
+        background: str = "white",
+        white: float | None = None,
     ):
-        if not 0 <= tolerance < 1 or block < 1 or classes < 0:
-            raise ValueError(
-                f"SequentialTars: tolerance ({tolerance}) must be in [0, 1), block ({block}) "
-                f"at least 1 and classes ({classes}) at least 0"
-            )
+        self.pixel_options = PixelOptions(grey, background, white)
+        check_options(tolerance, classes, scale, self.pixel_options)
+        for name, value in {"block": block, "size": size}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"SequentialTars: {name} is {value}; it must be at least 1")
+        if field:
+            field_kind(field)
 
         # Expand the patterns, and check every URL before anything is read.
         self.urls: list[str] = []
@@ -98,9 +127,13 @@ class SequentialTars(BatchStream):
         self.block = block
         self.classes = classes
         self.size = size
-        self.grey = grey
+        self.field = field
+        self.scale = scale
+        self.factor = 1.0 if scale is None else scale
         self.layout: Layout | None = None  # of the first sample, then required of all
         self._resumed: ReaderAssignment | None = None
+        self._empty: set[str] = set()  # shards without samples, of those opened so far
+        self._reported: set[str] = set()  # shards whose unread members were logged
 
     def __repr__(self) -> str:
         return self.urls[0]
@@ -143,13 +176,26 @@ class SequentialTars(BatchStream):
         }
 
     def sample(self) -> Batch:
-        """Return the first sample of the first shard, which shows the shape and kind of all."""
-        tar = self._open_tar(0)
-        for i in range(len(tar)):
-            sample = self._read(tar, i)
-            if sample is not None:
-                return self._batch([sample])
-        raise ValueError(f"{tar.url}: no readable sample; repair or leave out that shard")
+        """Return the first sample of the first shard with samples: it shows shape and kind of all.
+
+        Raises:
+            ValueError: no shard has a readable sample, or latents do not have unit variance.
+        """
+        for shard in range(len(self.urls)):
+            tar = self._open_tar(shard)
+            samples = []
+            for i in range(len(tar)):
+                sample = self._read(tar, i)
+                if sample is not None:
+                    samples.append(sample)
+                if len(samples) == SCALE_LATENTS or (samples and tar.images):
+                    break
+            if samples:
+                batch = self._batch(samples)
+                if batch.latent and self.scale is None:
+                    check_unit_variance(tar.url, batch.x.std(correction=0).item())
+                return self._batch(samples[:1])
+        raise ValueError(f"{self.urls[0]}: no samples in it, nor in any other shard")
 
     def read_batches(
         self, seed: int, reader: int, readers: int, requests: Iterator[tuple[int, int]]
@@ -171,6 +217,7 @@ class SequentialTars(BatchStream):
             # Shuffle the block, and leave out what was read before the run resumed.
             for tar, count in zip(tars, skipped):
                 tar.skipped = count
+            self._check_not_all_empty(tars)
             ends = np.cumsum([len(tar) for tar in tars])
             shuffled = permutation(int(ends[-1]), seed, first, 1)
             order = shuffled[passed:].tolist()
@@ -197,6 +244,12 @@ class SequentialTars(BatchStream):
             skipped = [0] * self.block
             if held:
                 yield held[0], (finished, passed, *skipped)
+
+    def _check_not_all_empty(self, tars: list[Tar]) -> None:
+        """Check that there are shards with samples: without any, reading would never end."""
+        self._empty.update(tar.url for tar in tars if not len(tar))
+        if len(self._empty) == len(set(self.urls)):
+            raise ValueError(f"{tars[0].url}: no samples in it, nor in any other shard")
 
     def _blocks(
         self, seed: int, assignment: ReaderAssignment, reader: int
@@ -226,11 +279,15 @@ class SequentialTars(BatchStream):
         url = self.urls[shard]
         with self.cache.open(url) as file:
             try:
-                return Tar(file, url, self.tolerance)
+                tar = Tar(file, url, self.tolerance, self.field, self.classes > 0)
             except ValueError:
                 # It may be repaired at its origin before the next run.
                 self.cache.forget(url)
                 raise
+        if tar.passed_over and url not in self._reported:
+            self._reported.add(url)
+            log.info("%s: passed over %s", url, describe_passed_over(tar.passed_over))
+        return tar
 
     def _read(self, tar: Tar, i: int) -> Sample | None:
         """Return a sample, or None if it is unreadable, which is counted."""
@@ -239,18 +296,29 @@ class SequentialTars(BatchStream):
         for field, (start, length) in spans.items():
             fields[field] = tar.data[start:][:length]
         try:
-            sample = self._decode(tar, fields)
+            sample = self._decode(tar, key, fields)
         except Exception as error:  # Pillow and the parser of .npy headers raise many kinds
+            if is_machine_fault(error):
+                raise_named(error, f"{tar.url}: {key}")
             tar.skip(key, error)
             return None
 
         # The first sample determines what all others must be.
-        layout = Layout(tar.images, sample.x.shape)
-        self.layout = self.layout or layout
+        layout = Layout(tar.images, sample.x.dtype, sample.x.shape)
+        if self.layout is None:
+            kind = "images" if layout.images else "latents"
+            check_used(tar.url, kind, self.scale, self.pixel_options, self.size)
+            self.layout = layout
+        if layout.images != self.layout.images:
+            kind = "images" if layout.images else "latents"
+            raise ValueError(
+                f"{tar.url}: holds {kind}, but other shards do not; read images and latents apart, "
+                "or name the one to read with data.source.field"
+            )
         if layout != self.layout:
             raise ValueError(
-                f"{tar.url}: {key} has the shape {layout.shape}, but other samples "
-                f"{self.layout.shape}; data.source.size scales images to one size"
+                f"{tar.url}: {key} is {layout.type} {layout.shape}, but other samples are "
+                f"{self.layout.type} {self.layout.shape}; {ONE_LAYOUT[layout.images]}"
             )
         if self.classes and not 0 <= sample.label < self.classes:
             raise ValueError(
@@ -259,51 +327,30 @@ class SequentialTars(BatchStream):
             )
         return sample
 
-    def _decode(self, tar: Tar, fields: dict[str, np.ndarray]) -> Sample:
-        x = self._pixels(fields) if tar.images else read_latent(fields[LATENT_FIELD])
+    def _decode(self, tar: Tar, key: str, fields: dict[str, np.ndarray]) -> Sample:
+        x = self._pixels(tar, key, fields) if tar.images else self._latent(fields)
         if not self.classes:
             return Sample(x, 0)
-        if LABEL_FIELD not in fields:
-            raise ValueError(f"no .{LABEL_FIELD}; set data.source.classes to 0 to read no classes")
-        return Sample(x, int(fields[LABEL_FIELD].tobytes()))
+        return Sample(x, parse_label(fields[LABEL_FIELD]))
 
-    def _pixels(self, fields: dict[str, np.ndarray]) -> np.ndarray:
+    def _latent(self, fields: dict[str, np.ndarray]) -> np.ndarray:
+        """Return a latent in its own type, (C, H, W)."""
+        return read_latent(fields[LATENT_FIELD], self.factor)
+
+    def _pixels(self, tar: Tar, key: str, fields: dict[str, np.ndarray]) -> np.ndarray:
         """Return an image as uint8, (C, H, W)."""
-        data = next(fields[field] for field in IMAGE_FIELDS if field in fields)
-        image: Image.Image = Image.open(io.BytesIO(data.tobytes()), formats=IMAGE_FORMATS)
-        if self.size:
-            image = fit_image(image, self.size, self.grey)
-        else:
-            image = image.convert("L" if self.grey else "RGB")
-        pixels = np.asarray(image)
-        return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+        field = next(field for field in IMAGE_FIELDS if field in fields)
+        name = f"{tar.url}: {key}"
+        return read_image(fields[field], field, self.pixel_options, name, self.size)
 
     def _batch(self, samples: list[Sample]) -> Batch:
         assert self.layout
-        x = torch.from_numpy(np.stack([sample.x for sample in samples]))
-        if self.layout.images:
-            x = x.float() / 127.5 - 1
+        x = torch.from_numpy(np.stack([sample.x for sample in samples])).float()
+        x = x / 127.5 - 1 if self.layout.images else x * self.factor
         condition = None
         if self.classes:
             condition = torch.tensor([sample.label for sample in samples])
         return Batch(x, latent=not self.layout.images, condition=condition)
-
-
-def read_latent(data: np.ndarray) -> np.ndarray:
-    """Return the latent in .npy bytes, (C, H, W) float32.
-
-    Raises:
-        ValueError: it is not an array of finite floats with three axes.
-    """
-    array = npy_to_array(data)
-    if array.ndim != 3 or array.dtype.kind != "f":
-        raise ValueError(
-            f"an array of {array.dtype} and shape {array.shape}; "
-            "a latent is floats of shape (channels, height, width)"
-        )
-    if not np.isfinite(array).all():
-        raise ValueError("a latent that is not finite")
-    return array.astype(np.float32)
 
 
 def start_in_thread(call: Callable[..., list[Tar]], *args: Any) -> Future[list[Tar]]:

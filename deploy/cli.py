@@ -12,10 +12,28 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from data.lease import release_all
+from data.signals import (
+    STOPPED_EXIT_CODE,
+    Stopped,
+    handle_signals,
+    raise_if_stopped,
+)
 from deploy.hints import explain, nearest, one_line
+from deploy.launcher import (
+    LOST_RANK_EXIT_CODE,
+    adopt_launcher,
+    end_with_launcher,
+    ends_with_others,
+    explain_lost_process,
+    is_spread,
+    is_started_by_lightning,
+    kill_children,
+)
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -84,6 +102,10 @@ VERBS = {
     "toy benchmark": (
         "trainer.toy.benchmark:benchmark",
         "measure rectification for every interpolant on points of the plane, over seeds",
+    ),
+    "spread": (
+        "deploy.spread:spread",
+        "run a command on several processes and nodes: rectify spread --processes 2 -- fit ...",
     ),
     "run": ("deploy.run:run", "run a pipeline of these commands; finished stages are skipped"),
 }
@@ -182,7 +204,8 @@ def call(verb: str, args: Sequence[str]) -> None:
     `fit` parses its arguments itself.
     """
     module, _, name = VERBS[verb][0].partition(":")
-    if verb != "fit" and {"-h", "--help"} & set(args):
+    options = args[: args.index("--")] if "--" in args else args  # without a command to spread
+    if verb != "fit" and {"-h", "--help"} & set(options):
         from deploy.help import format_help
 
         print(format_help(verb, module, name, two_word_verbs(verb)))
@@ -193,6 +216,9 @@ def call(verb: str, args: Sequence[str]) -> None:
     function = getattr(import_verb(module), name)
     if verb == "fit":
         function(args)
+    elif verb == "spread":
+        spread = partial(function, list(args[len(options) + 1 :]))
+        spread(**parse_options(verb, spread, options))
     else:
         function(**parse_options(verb, function, args))
 
@@ -206,6 +232,8 @@ def parse_options(verb: str, function: Callable[..., None], args: Sequence[str])
         ValueError: an option or value is wrong; the message names it and the nearest right name.
     """
     from jsonargparse import ArgumentError, ArgumentParser
+
+    from deploy.yaml_files import expand_home
 
     # Describe the command: a dataclass is replaced by its fields.
     parameters = dict(inspect.signature(function).parameters)
@@ -222,9 +250,10 @@ def parse_options(verb: str, function: Callable[..., None], args: Sequence[str])
         add_option(options, parameter, positional)
 
     # Parse the options.
+    check_no_empty_path(args, parameters)
     try:
         parsed = options.parse_args(complete_flags(args, flags, positional))
-        values = options.instantiate_classes(parsed).as_dict()
+        values = options.instantiate_classes(expand_home(parsed)).as_dict()
     except ArgumentError as error:
         raise ValueError(f"{verb}: {explain(error, parameters)}") from None
 
@@ -233,6 +262,16 @@ def parse_options(verb: str, function: Callable[..., None], args: Sequence[str])
         members = {field.name: values.pop(field.name) for field in fields(group)}
         values[name] = group(**members)
     return values
+
+
+def check_no_empty_path(words: Sequence[str], parameters: dict[str, inspect.Parameter]) -> None:
+    """Check that no path among a command's options is empty: it would be the current folder."""
+    for word, following in zip(words, [*words[1:], "--"]):
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not equals:
+            value = following
+        if name in parameters and "Path" in str(parameters[name].annotation) and not value:
+            raise ValueError(f"--{name} is empty; give a path, or leave the option out")
 
 
 def add_option(options: "ArgumentParser", parameter: inspect.Parameter, positional: bool) -> None:
@@ -256,12 +295,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code.
 
     Bad input is one line and exit code 2; with RECTIFY_TRACEBACK=1 its traceback is raised instead.
-    A loss that is not finite is exit code 3. A bug of this program is exit code 1.
+    A loss that is not finite is exit code 3. A signal that stopped the verb is exit code 75. A bug
+    of this program is exit code 1.
     """
-    # Set before torch is imported: idle OpenMP threads must not take the cores of other ranks.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with handle_signals(ends_process=argv is None):
+            end_with_launcher()
+            # Set before torch is imported: idle OpenMP threads must not take other ranks' cores,
+            # and warnings of its connections (a host without a name) are no use to a user.
+            os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+            return run_verb(list(sys.argv[1:] if argv is None else argv))
+    except Stopped as stopped:
+        if not is_spread():
+            text = f"stopped by {stopped}; run the same command again to continue"
+            print(f"rectify: {text}", file=sys.stderr)
+        return STOPPED_EXIT_CODE
+    except KeyboardInterrupt:
+        print("rectify: stopped; run the same command again to continue", file=sys.stderr)
+        return 130
+    except SystemExit as ended:
+        # Lightning kills all ranks when one that it started does not end with 0.
+        if ended.code == STOPPED_EXIT_CODE and is_started_by_lightning():
+            return 0
+        raise
+    finally:
+        release_all()
+        if argv is None:
+            kill_children()
 
+
+def run_verb(words: list[str]) -> int:
+    """Run the verb of a command, and return the exit code; errors are printed.
+
+    Raises:
+        Stopped: a signal asked the command to stop.
+    """
     # help
     if not words:
         print(help_text())
@@ -277,25 +346,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     # the verb
     try:
         verb, args = split_verb(words)
+        adopt_launcher(verb)
         call(verb, args)
     except (ValueError, OSError) as error:
         if os.environ.get("RECTIFY_TRACEBACK"):
             raise
-        return fail(one_line(error), 2)
+        return fail_lost(error) or fail(one_line(error), 2)
     except MemoryError as error:
         return fail(f"not enough memory: {one_line(error)}; lower the batch or the size", 2)
     except FloatingPointError as error:
         return fail(one_line(error), 3)
-    except KeyboardInterrupt:
-        print("rectify: stopped; run the same command again to continue", file=sys.stderr)
-        return 130
-    except Exception:
+    except Exception as error:
+        raise_if_stopped()
+        code = fail_lost(error)
+        if code:
+            return code
         traceback.print_exc()
         return fail("a bug in rectify; please report the lines above and the command", 1)
     return 0
 
 
+def fail_lost(error: Exception) -> int:
+    """Print which other process has ended, if an error means that; return the exit code, or 0."""
+    world = os.environ.get("WORLD_SIZE", "")
+    lost = explain_lost_process(error, int(world) if world.isdecimal() else 1)
+    return fail(lost.message, lost.code) if lost else 0
+
+
 def fail(message: str, code: int) -> int:
     """Print an error as one line and return the exit code."""
+    if code == LOST_RANK_EXIT_CODE and is_spread() and ends_with_others():
+        return code  # `rectify spread` prints the line of the rank that ended first
     print(f"rectify: error: {message}", file=sys.stderr)
     return code

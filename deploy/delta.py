@@ -13,12 +13,20 @@ import torch
 from torch import Tensor
 
 from data.files import atomic_file
-from models.checkpoint import CODEC, FORMAT, fingerprint, load_checkpoint, newest_checkpoint
-from models.codec import KL
+from models.checkpoint import (
+    CODEC,
+    FORMAT,
+    LoadedModel,
+    fingerprint,
+    load_checkpoint,
+    newest_checkpoint,
+)
+from models.codec import KL, describe_codec, find_codec_difference
 from models.denoiser import Denoiser
 from models.description import build, describe
 from models.diffusers.networks import Pretrained
 from models.diffusers.pipeline import INDEX
+from models.diffusers.text import Prompts
 from models.tensors import read_safetensors, to_safetensors
 
 log = logging.getLogger(__name__)
@@ -29,6 +37,7 @@ INDEX_PREFIX = "at/"
 EXACT_PREFIX = "exact/"
 METADATA_KEYS = {"base", "student", "architecture", "rectify"}
 INT32_INDICES = 2**31  # weights with at least so many values need 64-bit indices
+RIGHT_BASE = "give the --base that the student was initialised from"
 MAKE_A_DELTA = "make one with `rectify delta --run STUDENT --base TEACHER --out FILE`"
 
 
@@ -58,11 +67,11 @@ def delta(base: Path, out: Path, run: Path | None = None, apply: Path | None = N
         raise ValueError(f"{out}: it is one of the inputs; choose another --out")
 
     # compute and write the result
-    base_model = load_checkpoint(base)[0]
+    loaded = load_checkpoint(base)
     if run:
-        tensors, metadata = make_delta(run, base_model)
+        tensors, metadata = make_delta(run, loaded)
     else:
-        tensors, metadata = apply_delta(apply, base_model, base)  # type: ignore[arg-type]
+        tensors, metadata = apply_delta(apply, loaded, base)  # type: ignore[arg-type]
     with atomic_file(out) as file:
         file.write(to_safetensors(tensors, metadata))
 
@@ -84,9 +93,21 @@ def difference(value: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return step, indices, value.flatten()[indices]
 
 
-def make_delta(run: Path, base_model: Denoiser) -> tuple[dict[str, Tensor], dict[str, str]]:
+def make_delta(run: Path, base: LoadedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a student's delta."""
+    # compare what training leaves
+    base_model = base.denoiser
     student, codec, condition = load_checkpoint(run)
+    mismatch = find_codec_difference(describe_codec(base.codec), describe_codec(codec))
+    if mismatch:
+        raise ValueError(f"{run}: it has another codec than the base ({mismatch}); {RIGHT_BASE}")
+    texts = base.condition
+    if (
+        isinstance(texts, Prompts)
+        and isinstance(condition, Prompts)
+        and texts.parts != condition.parts
+    ):
+        raise ValueError(f"{run}: it has other text encoders than the base; {RIGHT_BASE}")
     if isinstance(student.net, Pretrained) and student.net.lora:
         raise ValueError(
             f"{run}: it was trained with LoRA adapters, which are a difference already; "
@@ -98,17 +119,14 @@ def make_delta(run: Path, base_model: Denoiser) -> tuple[dict[str, Tensor], dict
     base_weights = base_model.state_dict()
     missing = sorted(base_weights.keys() - student.state_dict().keys())
     if missing:
-        raise ValueError(
-            f"{run}: it lacks the weight {missing[0]} of the base; give the --base that the "
-            "student was initialised from"
-        )
+        raise ValueError(f"{run}: it lacks the weight {missing[0]} of the base; {RIGHT_BASE}")
     for name, value in student.state_dict().items():
         # A weight that only the student has is its own difference.
         start = base_weights.get(name, torch.zeros_like(value))
         if start.shape != value.shape:
             raise ValueError(
                 f"{run}: the shape of {name} is {tuple(value.shape)}, in the base "
-                f"{tuple(start.shape)}; give the --base that the student was initialised from"
+                f"{tuple(start.shape)}; {RIGHT_BASE}"
             )
         tensors[STEP_PREFIX + name], indices, exact = difference(value, start)
         if len(indices):
@@ -124,20 +142,24 @@ def make_delta(run: Path, base_model: Denoiser) -> tuple[dict[str, Tensor], dict
         "denoiser": describe(student),
         "condition": describe(condition),
     }
+    if not student.jumps:
+        spec["jumps"] = False
     metadata = {
         "base": fingerprint(base_model),
         "student": fingerprint(student),
         "architecture": json.dumps(architecture(base_model), sort_keys=True),
+        "codec": json.dumps(describe_codec(codec), sort_keys=True),
         "rectify": json.dumps(spec, sort_keys=True),
     }
     return tensors, metadata
 
 
 def apply_delta(
-    path: Path, base_model: Denoiser, base: Path
+    path: Path, loaded: LoadedModel, base: Path
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of the checkpoint that a delta makes from a base."""
     # check that they fit
+    base_model = loaded.denoiser
     tensors, metadata = read_safetensors(path)
     if not metadata.keys() >= METADATA_KEYS:
         raise ValueError(f"{path}: it is not a delta; {MAKE_A_DELTA}")
@@ -148,6 +170,9 @@ def apply_delta(
                 f"{base}: its {part} is {parts[part]}, that of the delta's base is {wanted}; "
                 "give that base, or a fine-tune of it"
             )
+
+    if "codec" in metadata:  # older deltas do not record it
+        check_codec(json.loads(metadata["codec"]), describe_codec(loaded.codec), base)
 
     # add the differences
     weights: dict[str, Tensor] = {}
@@ -177,6 +202,25 @@ def apply_delta(
             "%s is not the delta's base, but has the same architecture: used as a fine-tune", base
         )
     return weights, {"rectify": metadata["rectify"]}
+
+
+def check_codec(before: dict[str, Any], now: dict[str, Any], base: Path) -> None:
+    """Check that a base has the latents of a delta's base; other weights of a codec are reported.
+
+    Args:
+        before: weights and statistics of the codec of the delta's base.
+        now: those of the base's codec.
+        base: the base, for the message.
+    """
+    difference = find_codec_difference(before | {"codec": now.get("codec")}, now)
+    if difference or before.keys() != now.keys():
+        raise ValueError(
+            f"{base}: its latents are not those of the delta's base ("
+            f"{difference or find_codec_difference(before, now)}); give that base, or a fine-tune "
+            "of it"
+        )
+    if before.get("codec") != now.get("codec"):
+        log.info("%s: its codec has other weights than that of the delta's base", base)
 
 
 def architecture(denoiser: Denoiser) -> dict[str, Any]:

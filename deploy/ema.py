@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.files import atomic_file, errors_named
+from data.files import atomic_file, errors_named, files_by_step
 from models.checkpoint import newest_checkpoint, read_checkpoint
 from models.tensors import read_safetensors, save_nested
+from trainer.callbacks.checkpoint import SNAPSHOT_SUFFIX, SNAPSHOTS, step_of
 from trainer.posthoc_ema import exponent, posthoc_weights
 
 
@@ -23,18 +24,22 @@ def ema(run: Path, width: float, out: Path | None = None) -> None:
         out: the checkpoint to write, by default RUN/ema/width=WIDTH.ckpt. The run's codec is
             looked up one folder above it.
     """
-    # find the snapshots
+    # find the snapshots; those after the newest checkpoint will be written again
     gamma = exponent(width)
-    files = sorted((run / "ema").glob("step=*.safetensors"))
-    if not files:
+    newest = newest_checkpoint(run)
+    checkpoint = read_checkpoint(newest)
+    names = list(checkpoint.get("ema_profiles", {}))
+    files = []
+    for path in files_by_step(run / SNAPSHOTS, SNAPSHOT_SUFFIX):
+        if step_of(path) <= checkpoint["global_step"]:
+            files.append(path)
+    if not (files and names):
         raise FileNotFoundError(
             f"{run}: no EMA snapshots in {run / 'ema'}; train with EMA widths, e.g. [0.05, 0.1]"
         )
-    checkpoint = read_checkpoint(newest_checkpoint(run))
-    names = list(checkpoint["ema_profiles"])
 
     # compute a weight for every snapshot of every profile
-    file_steps = [float(file.stem.removeprefix("step=")) for file in files]
+    file_steps = [float(step_of(file)) for file in files]
     name_gammas = list(map(exponent, map(float, names)))
     steps = np.array(file_steps).repeat(len(names))
     gammas = np.array(name_gammas * len(files))
@@ -48,8 +53,10 @@ def ema(run: Path, width: float, out: Path | None = None) -> None:
         with errors_named(path):
             snapshot, metadata = read_safetensors(path)
             step = int(metadata["step"])
-            if step != int(path.stem.removeprefix("step=")):
+            if step != step_of(path):
                 raise ValueError(f"{path}: it holds step {step}; rename it to its step")
+            if metadata.get("run", "") != checkpoint.get("run", ""):
+                raise ValueError(f"{path}: it is of another run than {newest}; move it away")
             for name, weight in zip(names, file_weights):
                 for key, value in total.items():
                     value.add_(snapshot[f"{name}/{key}"].double(), alpha=float(weight))

@@ -15,12 +15,13 @@ import traceback
 import warnings
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 from jsonargparse._typehints import ActionTypeHint
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import (
     LightningArgumentParser,
     LightningCLI,
@@ -28,33 +29,66 @@ from lightning.pytorch.cli import (
     OptimizerCallable,
 )
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from data.datamodule import DataModule
-from data.files import errors_named
-from deploy.cli import complete_flags
+from data.files import files_by_step
+from data.lease import hold
+from data.signals import Stopped
+from deploy.changes import (
+    Change,
+    changes_optimizer,
+    changes_since,
+    changes_stopping,
+    check_changes,
+    show,
+)
+from deploy.cli import complete_flags, fail
 from deploy.hints import explain, one_line
-from models.checkpoint import newest_checkpoint, read_checkpoint
+from deploy.launched_trainer import check_world, count_processes, follow_launcher
+from deploy.launcher import explain_lost_process, is_first_rank, owning_ranks
+from deploy.training_options import (
+    check_paths,
+    check_schedule,
+    check_trainer,
+    class_name,
+    describe_no_validation,
+)
+from deploy.yaml_files import check_yaml, expand_home
+from models.checkpoint import CHECKPOINT_SUFFIX, read_checkpoint
 from trainer.callbacks.checkpoint import Checkpoints
+from trainer.callbacks.early_end import MEANT, find_stopping, recorded_reason, stopping_message
 from trainer.callbacks.keep_config import KeepConfig
 from trainer.callbacks.loss_guard import LossGuard, out_of_memory
 from trainer.callbacks.metrics_log import MetricsLog
 from trainer.callbacks.preemption import PREEMPTED_EXIT_CODE, Preemption
-from trainer.callbacks.stall_watchdog import STALLED_EXIT_CODE, StallWatchdog
+from trainer.callbacks.stall_watchdog import StallWatchdog
 from trainer.engine.checkpoint_io import AtomicCheckpointIO
 from trainer.engine.fast_loop import fast_loop
+from trainer.engine.float32_updates import update_in_float32
 from trainer.optimization import OptimizedModule
 
 COMPONENT_PACKAGES = ("models", "data", "trainer.objectives", "trainer.callbacks")
-COMPONENT_MODULES = ("trainer.module", "trainer.autoencoder", "trainer.normalizing_flow")
+COMPONENT_MODULES = (
+    "trainer.module",
+    "trainer.autoencoder",
+    "trainer.normalizing_flow",
+    "trainer.schedules",
+)
 PACKAGES = ("models", "data", "trainer", "deploy")
-# Messages of torch.distributed when another rank has ended.
-LOST_RANK = r"(?i)closed by peer|reset by peer|connection refused|broken pipe|NCCL|timed out"
 IGNORED_WARNINGS = (
     r".*(LightningCLI's args parameter|does not have many workers|treespec|LeafSpec"
-    r"|across ranks is zero|in eval mode).*"
+    r"|across ranks is zero|in eval mode|`srun` command is available|all_gather is deprecated).*"
 )
+LIGHTNING_CALLBACKS = "lightning.pytorch.callbacks."
+# What Lightning prints if it is configured; the rest of its log is noise.
+REPORTS = ("lightning.pytorch.profilers", "lightning.pytorch.callbacks.model_summary")
+REQUIRED = ("out", "model", "data.source")
+GROUPS = ("trainer", "data", "checkpoints", "metrics", "loss_guard", "preemption", "watchdog")
+CHECKPOINTS = "checkpoints"  # folder in a run
 WANDB_RETRY_SECONDS = (1, 2, 4)
+WANDB_OFFLINE = ("offline", "dryrun")  # values of WANDB_MODE
 PARSER_OPTIONS = {
     "exit_on_error": False,
     "prog": "rectify fit",
@@ -117,7 +151,8 @@ class Fit(LightningCLI):
             raise
         except Exception as error:  # constructors, torch's too, raise many kinds for wrong values
             names = [action.dest for action in self.parser._actions]
-            raise ValueError(f"fit: {explain(error, names)}") from error
+            known = explain_missing(error) or explain_option(error)
+            raise ValueError(f"fit: {known or explain(error, names)}") from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run folder, the callbacks that every run has, the loop and the optimizer."""
@@ -150,6 +185,19 @@ class Fit(LightningCLI):
             help="schedule of the learning rate, stepped after every optimizer step; "
             "without one it is constant.",
         )
+        parser.add_argument(
+            "--override",
+            type=bool,
+            default=False,
+            help="go on with a run though settings that change what is learned differ from its "
+            "configuration; docs/reproducibility.md has the table.",
+        )
+        parser.add_argument(
+            "--resume",
+            type=str | None,
+            help="go on from this checkpoint of the run, in RUN/checkpoints, instead of the newest "
+            "one; newer ones are renamed.",
+        )
         parser.link_arguments("out", "trainer.default_root_dir")
         parser.link_arguments("seed_everything", "data.seed")
 
@@ -162,44 +210,90 @@ class Fit(LightningCLI):
         words = complete_flags(args, flags)
         check_nested_values(words, {action.dest for action in parser._actions})
         super().parse_arguments(parser, words)
+        expand_home(self.config)
 
     def before_instantiate_classes(self) -> None:
-        """Exit if the run is finished; log to wandb, offline, if no logger is configured."""
+        """Check the configuration; exit if the run is finished; derive what is not configured."""
         config = self.config
+        check_groups(config)
+        check_paths(config)
         run = Path(config.out)
         max_steps = config.trainer.max_steps
-        if max_steps < 1:
+        if max_steps is None or max_steps < 1:
             raise ValueError(
                 f"trainer.max_steps is {max_steps}; set the number of optimizer steps to train "
                 "(the stream of batches is endless)"
             )
+        check_trainer(config.trainer, config.data.heldout is not None)
+        check_schedule(config.lr_scheduler, max_steps)
 
-        # the newest checkpoint
-        self.newest = None
+        # what the user configured, without what is derived below
+        override, resume = config.override, config.resume
+        config.override, config.resume = False, None  # they are meant for one command
+        configured = self.parser.dump(config, skip_none=False)
+
+        # the newest checkpoint, and what has changed since
+        if is_first_rank():
+            hold(run, count_processes(config.trainer.devices, config.trainer.num_nodes))
+        self.newest = find_start(run, resume)
         saved: dict[str, Any] = {}
-        if any((run / "checkpoints").glob("step=*.ckpt")):
-            self.newest = newest_checkpoint(run)
+        if self.newest:
             saved = read_checkpoint(self.newest, tensors=False)
-        if self.newest and saved["global_step"] >= max_steps:
-            print(f"fit: {run} is finished ({self.newest.name})", file=sys.stderr)
-            raise SystemExit(0)
+        changes = changes_since(saved, configured)
+        lines = [f"fit: {run}: {change}" for change in changes]
+        if self.newest:
+            step = saved["global_step"]
+            reason = "" if changes_stopping(changes) else recorded_reason(run, step)
+            finished = step >= max_steps or bool(reason)
+            check_changes(run, changes, override, finished)
+            if finished:
+                details = f"{reason}, {self.newest.name}" if reason else self.newest.name
+                if is_first_rank():
+                    print(*lines, f"fit: {run} is finished ({details})", sep="\n", file=sys.stderr)
+                raise SystemExit(0)
+        self.save_config_kwargs = {
+            "configured": configured,
+            "changes": lines,
+            "new_settings": override and changes_optimizer(changes),
+        }
+
+        # what is not done in so few steps
+        line = describe_no_validation(config)
+        if line and is_first_rank():
+            print(f"fit: {line}", file=sys.stderr)
+
+        # what callbacks log, and the length of the schedule
+        config.trainer.log_every_n_steps = config.metrics.every
+        schedule = config.lr_scheduler
+        if class_name(schedule) == "WarmUp" and schedule.init_args.steps is None:
+            schedule.init_args.steps = max_steps
 
         # the logger
         if config.trainer.logger is None:
             os.environ.setdefault("WANDB_SILENT", "true")
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
             options = {
-                "offline": True,
-                "project": "rectify",
-                "name": run.name,
-                "save_dir": str(run),
+                "offline": os.environ.get("WANDB_MODE", "offline") in WANDB_OFFLINE,
+                "project": os.environ.get("WANDB_PROJECT", "rectify"),
+                "name": os.environ.get("WANDB_NAME", run.name),
+                "save_dir": os.environ.get("WANDB_DIR", str(run)),
             }
             earlier = saved.get("origin", {}).get("wandb")
-            if earlier:
+            if earlier and not is_copy(run, changes):
                 options |= {"id": earlier, "resume": "allow"}
             config.trainer.logger = Namespace(
                 class_path="lightning.pytorch.loggers.WandbLogger", init_args=Namespace(**options)
             )
+
+    def instantiate_trainer(self, **options: Any) -> Trainer:
+        """Build the trainer, on the processes that a launcher started if there is one."""
+        launched = follow_launcher(self.config_init.trainer)
+        trainer = super().instantiate_trainer(**options, **launched)
+        check_world(trainer)
+        # Lightning's handlers communicate inside the handler; data/signals.py has ours.
+        connector = trainer._signal_connector
+        connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Give the model the optimizer and the schedule that it builds."""
@@ -236,17 +330,80 @@ def check_nested_values(words: Sequence[str], options: Collection[str]) -> None:
             raise ValueError(f"`{name}` has no value; give it one, e.g. `--{name} true`")
 
 
-def check_yaml(args: Sequence[str]) -> None:
-    """Check that the YAML files among a command's words can be parsed.
+def explain_missing(error: Exception) -> str:
+    """Return what to do about an option without a value; "" if the error is another one."""
+    text = one_line(error)
+    found = re.search(r"arguments are required: ([\w.]+)", text)
+    found = found or re.search(r'Parser key "([\w.]+)":.*Got value: None', text)
+    if not found or found[1] not in REQUIRED:
+        return ""
+    return (
+        f"`{found[1]}` is not configured: give a base and the file that is added to it "
+        f"(--config base.yaml --config more.yaml), or --{found[1]}"
+    )
+
+
+def explain_option(error: Exception) -> str:
+    """Return why an option cannot be given; "" if the error is another one."""
+    text = one_line(error)
+    if "trainer.default_root_dir" in text:
+        return "trainer.default_root_dir follows out; leave it out"
+    if "TensorBoardLogger" in str(error) and find_spec("tensorboard") is None:
+        return "trainer.logger: TensorBoardLogger needs the extra: pip install rectify[tensorboard]"
+    found = re.search(r"\b(SequentialLR|ChainedScheduler)\b", text)
+    if found:
+        return (
+            f"lr_scheduler: {found[1]} is made of other schedules, each with an optimizer, which "
+            "YAML does not have; use WarmUp, for a warm-up with a decay"
+        )
+    return ""
+
+
+def check_groups(config: Namespace) -> None:
+    """Check that the keys with options below them are mappings.
 
     Raises:
-        ValueError: one cannot. jsonargparse would overflow its stack on endless nesting.
+        ValueError: one is not; the message names it.
     """
-    for word in args:
-        path = Path(word.removeprefix("--config="))
-        if word.endswith((".yaml", ".yml")) and path.is_file():
-            with errors_named(path):
-                yaml.safe_load(path.read_text())
+    for name in GROUPS:
+        if not isinstance(config[name], Namespace):
+            raise ValueError(
+                f"{name} is {show(config[name])}; it must be a mapping of its options, or be left "
+                "out"
+            )
+
+
+def is_copy(run: Path, changes: Sequence[Change]) -> bool:
+    """Return whether a run folder is the copy of another one, which still exists."""
+    for change in changes:
+        if change.key == "out":
+            return Path(change.before).exists() and not Path(change.before).samefile(run)
+    return False
+
+
+def find_start(run: Path, resume: str | None) -> Path | None:
+    """Return the checkpoint that a run goes on from; None if it starts.
+
+    Args:
+        run: the run folder.
+        resume: the checkpoint that the user chose; None for the newest.
+
+    Raises:
+        ValueError: the chosen one is none of the run's.
+    """
+    folder = run / CHECKPOINTS
+    if resume is None:
+        found = files_by_step(folder, CHECKPOINT_SUFFIX)
+        return found[-1] if found else None
+    path = Path(resume)
+    if not path.exists() or path.resolve().parent != folder.resolve():
+        names = [file.name for file in files_by_step(folder, CHECKPOINT_SUFFIX)]
+        raise ValueError(
+            f"resume is {resume}; it must be a checkpoint in {folder} "
+            f"({', '.join(names) or 'which has none'}); to begin another run from a checkpoint, "
+            "give --model.initial"
+        )
+    return path
 
 
 def build(args: Sequence[str]) -> Fit:
@@ -258,7 +415,11 @@ def build(args: Sequence[str]) -> Fit:
     check_yaml(args)
     cli = Fit(args)
     cli.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-    start_logger(cli.trainer.logger)
+    update_in_float32(cli.trainer)
+    # else loggers obey a RANK left over in the shell
+    rank_zero_only.rank = cli.trainer.global_rank  # type: ignore[attr-defined]
+    for logger in cli.trainer.loggers:
+        start_logger(logger)
     return cli
 
 
@@ -270,6 +431,10 @@ def start_logger(logger: Any) -> None:
     """
     if not isinstance(logger, WandbLogger):
         return
+    logger._wandb_init.pop("anonymous", None)  # wandb warns of it even if it is None
+    is_online = not logger._offline and os.environ.get("WANDB_MODE") != "disabled"
+    if is_online and is_first_rank():  # it waits for up to 90 s without a word
+        print("fit: trainer.logger: connecting to wandb", file=sys.stderr, flush=True)
     for seconds in WANDB_RETRY_SECONDS:
         try:
             logger.experiment  # noqa: B018 (this starts the run)
@@ -305,37 +470,84 @@ def begin(cli: Fit) -> None:
         with ExitStack() as stack:
             if cli.config.fast_loop:
                 stack.enter_context(fast_loop(cli.trainer))
+            stack.enter_context(owning_ranks())  # which Lightning starts
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.newest, weights_only=True)
+    except Stopped:
+        if not cli.config_init.preemption.stopped:  # nothing was to be saved
+            raise
     except SystemExit:
         if cli.trainer.interrupted:  # Lightning turns an interrupt into an exit
             raise KeyboardInterrupt from None
         raise
-    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        LookupError,
+        MisconfigurationException,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        ZeroDivisionError,
+    ) as error:
         memory_advice = out_of_memory(error, cli.trainer)
         if memory_advice:
             raise ValueError(memory_advice) from error
-        if cli.trainer.world_size > 1 and re.search(LOST_RANK, str(error)):
-            cause = one_line(error)[:200]
-            message = f"another rank ended ({cause}); run the same command again"
-            print(f"rectify: error: {message}", file=sys.stderr)
-            raise SystemExit(STALLED_EXIT_CODE) from error
+        lost = explain_lost_process(error, cli.trainer.world_size)
+        if lost:
+            raise SystemExit(fail(lost.message, lost.code)) from error
+
+        # What Lightning's callbacks and torch's optimizers refuse is the configuration's fault.
+        module = raising_module(error)
+        if module.startswith(LIGHTNING_CALLBACKS) or isinstance(error, MisconfigurationException):
+            raise ValueError(f"fit: trainer.callbacks: {one_line(error)}") from error
+        if module.startswith("torch.optim."):
+            text = one_line(error) or type(error).__name__
+            raise ValueError(f"fit: optimizer or lr_scheduler: {text}") from error
 
         # An error during training, or a ValueError of this project, is raised as it is.
         has_started = cli.config_init.checkpoints.saved >= 0
-        if has_started or (isinstance(error, ValueError) and raised_in_project(error)):
+        in_project = module.split(".")[0] in PACKAGES
+        is_defect = isinstance(error, AssertionError | ZeroDivisionError)
+        if has_started or is_defect or (isinstance(error, ValueError) and in_project):
             raise
         what = f"{cli.newest}: cannot resume from it" if cli.newest else "fit: cannot start"
         raise ValueError(f"{what} ({type(error).__name__}: {one_line(error)})") from error
 
 
-def raised_in_project(error: BaseException) -> bool:
-    """Whether an error was raised by this project's code, so that its message names the cause."""
+def raising_module(error: BaseException) -> str:
+    """Return the name of the module that raised an error."""
     last = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         last = frame
-    if last is None:
-        return False
-    return last.f_globals.get("__name__", "").split(".")[0] in PACKAGES
+    return "" if last is None else str(last.f_globals.get("__name__", ""))
+
+
+def end_early(cli: Fit) -> None:
+    """End a command that has not reached trainer.max_steps.
+
+    Raises:
+        SystemExit: more is to be done, with exit code 75.
+        FloatingPointError: what EarlyStopping monitors has diverged.
+    """
+    trainer = cli.trainer
+    run = trainer.default_root_dir
+    where = f"at step {trainer.global_step} of {trainer.max_steps}"
+    stopping = find_stopping(trainer)
+    if stopping and stopping.stopping_reason not in MEANT:
+        raise FloatingPointError(
+            f"{run}: stopped {where}: {stopping_message(stopping)}; lower optimizer.lr or set "
+            "trainer.gradient_clip_val, and begin another run"
+        )
+    if stopping:
+        message = f"fit: {run} is finished, {where}: {stopping_message(stopping)}"
+        code = 0
+    else:
+        message = f"fit: {run}: stopped {where}, saved; run the same command again to go on"
+        code = PREEMPTED_EXIT_CODE
+    if trainer.is_global_zero:
+        print(message, file=sys.stderr)
+    if code:
+        raise SystemExit(code)
 
 
 def fit(args: Sequence[str]) -> None:
@@ -344,6 +556,8 @@ def fit(args: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", IGNORED_WARNINGS)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in REPORTS:
+        logging.getLogger(name).setLevel(logging.INFO)
 
     # train
     cli = build(args)
@@ -355,5 +569,8 @@ def fit(args: Sequence[str]) -> None:
     if cli.config_init.preemption.stopped:
         step = cli.trainer.global_step
         message = f"fit: stopped by a signal at step {step}, saved; run the same command again"
-        print(message, file=sys.stderr)
+        if cli.trainer.is_global_zero:
+            print(message, file=sys.stderr)
         raise SystemExit(PREEMPTED_EXIT_CODE)
+    if cli.trainer.global_step < cli.trainer.max_steps:
+        end_early(cli)

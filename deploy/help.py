@@ -56,7 +56,7 @@ def format_help(verb: str, module: str, name: str, see_also: Sequence[str] = ())
     assert definition, f"{module} has no {name}"
     groups = read_groups(definition)
     options = [option for group in groups for option in group.options]
-    positional = verb == "run"
+    positional = verb in ("run", "spread")
 
     # What it does
     required = [format_head(option, positional) for option in options if option.default is None]
@@ -64,6 +64,8 @@ def format_help(verb: str, module: str, name: str, see_also: Sequence[str] = ())
     usage = ["usage: rectify", verb, *required]
     if len(options) > len(required):
         usage.append("[options]")
+    if verb == "spread":  # its command is all that follows two dashes
+        usage = ["usage: rectify spread [options] --", *required]
     lines = [" ".join(usage), "", description]
 
     # Its options

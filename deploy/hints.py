@@ -57,6 +57,7 @@ def explain(error: BaseException, options: Iterable[str]) -> str:
         options: the parser's option names, with dots.
     """
     text = BUILT_LATER.sub(r"class_path '\2': \1 - Expected a", one_line(error))
+    text = re.sub(r" - Not a valid subclass of .*?\(implicit class_path\)\.?", "", text)
     options = list(options)
     key = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
     prefix = f"{key}: " if key else ""
@@ -123,7 +124,7 @@ def explain(error: BaseException, options: Iterable[str]) -> str:
         return f"{prefix}{class_path.rpartition('.')[2]}: {cause}"
 
     # a value that is none of the choices
-    given = re.search(r"(?:Got|Given) value: (.+?)(?: Given value|$)", text)
+    given = re.search(r"(?:Got|Given) value: (.+?)(?: Given value| - Expected|$)", text)
     literals = re.findall(r"typing\.Literal\[(.*?)\]", text)
     if given and literals:
         choices = dict.fromkeys(re.findall(r"'(.*?)'", " ".join(literals)))
@@ -133,6 +134,15 @@ def explain(error: BaseException, options: Iterable[str]) -> str:
     # a value that is no list
     if given and "Expected a <class 'list'>" in text:
         return f"{prefix}{given[1]} is not a list; write it in one word, [1,2] for example"
+
+    # a value of another type, of a class's argument
+    found = re.search(
+        r"Expected a <class '(int|float|bool)'>"
+        r" Given value type: <class '\w+'> Given value: (.+?)(?: - |$)",
+        text,
+    )
+    if found:
+        return f"{prefix}{found[2]} is not of type {found[1]}"
 
     # anything else
     return text.partition(" Given value type: <class 'dict'>")[0]

@@ -18,7 +18,6 @@ that the other options win over them. A list in any other option is one word.
 A pipeline may have `targets`, which `rectify report` checks (deploy/targets.py).
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -31,18 +30,28 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from data.files import atomic_file, canonical, digest, errors_named, read_json, write_json
 from data.schema import COUNT, NAME, PATH, check_schema, shorten
+from data.signals import (
+    STOP_SIGNALS,
+    STOPPED_EXIT_CODE,
+    block_signals,
+    end_with_parent,
+    find_children,
+    forward_signals,
+    raise_if_stopped,
+    send_signal,
+    stop_requested,
+)
 from deploy.cli import VERBS
 from deploy.targets import PIPELINE_RECORD, check_targets
+from deploy.yaml_files import expand_home, read_yaml
 
 NON_VERB_KEYS = ("name", "for", "smoke")  # keys of a stage beside its verb
 LOOPS_SCHEMA = {NAME: ([(NAME, COUNT)], {NAME: (None, dict)})}
 FAILED_LOG_LINES = 5  # of a failed stage's log that are printed
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Pipeline(NamedTuple):
@@ -75,8 +84,17 @@ def substitute(part: Any, values: dict[str, Any]) -> Any:
         return [substitute(value, values) for value in part]
     if isinstance(part, str):
         for name, value in values.items():
-            part = part.replace(f"{{{name}}}", str(value))
+            part = part.replace(f"{{{name}}}", to_word(value))
     return part
+
+
+def to_word(value: Any) -> str:
+    """Return a value of the YAML as a word of a command, which reads it as the same value."""
+    if value is None:
+        return "null"
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
 
 
 def stage_verb(stage: dict[str, Any]) -> str:
@@ -124,7 +142,7 @@ def command(stage: dict[str, Any], out: Path, smoke: bool) -> list[str]:
     # the words
     words = verb.split()
     for key, value in [("config", path) for path in configs] + list(options.items()):
-        words += [f"--{key}", str(value).replace("{out}", str(out))]
+        words += [f"--{key}", to_word(value).replace("{out}", str(out))]
     return words
 
 
@@ -135,7 +153,7 @@ def fingerprint(words: list[str], before: str) -> str:
         path = Path(word)
         if word.endswith(".yaml") and path.is_file():
             with errors_named(path):
-                files.append(json.loads(canonical(yaml.safe_load(path.read_text()))))
+                files.append(json.loads(canonical(read_yaml(path))))
     return digest(canonical([words, files, before]))
 
 
@@ -149,8 +167,7 @@ def load(config: Path, smoke: bool = False) -> Pipeline:
     Raises:
         ValueError: a stage or a target is not as it must be.
     """
-    with errors_named(config):
-        content = yaml.safe_load(config.read_text())
+    content = expand_home(read_yaml(config))
 
     # check
     schema = {"out": PATH, "stages": [dict]}
@@ -202,6 +219,7 @@ def run(config: Path, out: Path | None = None, smoke: bool = False, jobs: int = 
     source = config.read_bytes()
     out = out or pipeline.out
     with lock_folder(out):
+        forward_signals()
         run_stages(pipeline.loops, out, smoke, jobs, source)
     from deploy.report.summary import format_summary  # imports lightning, which is slow
 
@@ -225,15 +243,12 @@ def lock_folder(out: Path) -> AcquireReturnProxy:
         return lock.acquire()
 
 
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies: a killed pipeline leaves no stage."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def run_stages(
     loops: list[list[dict[str, Any]]], out: Path, smoke: bool, jobs: int, source: bytes
 ) -> None:
     """Run the unfinished stages: loop after loop, up to `jobs` stages of one loop at once.
+
+    A signal is forwarded to them; they save what they can and end, and no other stage begins.
 
     Args:
         loops: the stages of each loop.
@@ -246,6 +261,7 @@ def run_stages(
     Raises:
         ValueError: a stage was finished with other settings.
         SystemExit: a stage failed; the exit code is the stage's.
+        Stopped: a signal asked to stop.
     """
     total = sum(map(len, loops))
     digits = max(2, len(str(total)))  # so that the records' names sort in the order of the stages
@@ -282,6 +298,9 @@ def run_stages(
         with ThreadPoolExecutor(jobs) as pool:
             try:
                 exit_on_failure(pool.map(lambda job: run_stage(job, jobs), unfinished))
+            except KeyboardInterrupt:
+                send_signal(find_children(), signal.SIGTERM)
+                raise
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -289,8 +308,29 @@ def run_stages(
 def exit_on_failure(codes: Iterable[int]) -> None:
     """Exit with the first exit code that is not 0; a stage killed by signal N counts as 128 + N."""
     for code in codes:
+        if code == STOPPED_EXIT_CODE or -code in STOP_SIGNALS:
+            raise_if_stopped()  # a stage that ended before it could handle the signal lost nothing
         if code:
             raise SystemExit(code if code > 0 else 128 - code)
+
+
+def run_command(words: list[str], **options: Any) -> int:
+    """Run a command, and return its exit code; it is killed when this process is.
+
+    Args:
+        words: the command.
+        options: of `subprocess.Popen`.
+    """
+    with block_signals():  # until the command handles them
+        process = subprocess.Popen(words, preexec_fn=end_with_parent, **options)
+    if stop_requested():  # while it was being started: it was not yet among the children
+        process.terminate()
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
 
 
 def run_stage(job: StageJob, jobs: int = 1) -> int:
@@ -301,25 +341,25 @@ def run_stage(job: StageJob, jobs: int = 1) -> int:
         jobs: how many stages run at once. With more than one, the stage writes to a log file and
             uses its share of the cores.
     """
+    raise_if_stopped()
     print(f"{job.title}: rectify {' '.join(job.words)}", file=sys.stderr, flush=True)
     began = time.monotonic()
     words = [sys.executable, "-P", "-m", "deploy", *job.words]
 
     # run the command
     if jobs == 1:
-        code = subprocess.run(words, preexec_fn=die_with_parent).returncode
+        code = run_command(words)
     else:
         log_path = job.record.with_suffix(".log")
         log_path.parent.mkdir(exist_ok=True)
         threads = max(1, (os.cpu_count() or 1) // jobs)
         with log_path.open("w") as log:
-            code = subprocess.run(
+            code = run_command(
                 words,
-                preexec_fn=die_with_parent,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={"OMP_NUM_THREADS": str(threads), **os.environ},
-            ).returncode
+            )
         if code:
             lines = log_path.read_text(errors="replace").splitlines(True)
             end = "".join(lines[-FAILED_LOG_LINES:])

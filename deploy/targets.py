@@ -14,10 +14,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from data.files import errors_named
 from data.schema import NAME, check_schema, shorten
+from deploy.yaml_files import read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +61,7 @@ def read_targets(out: Path) -> dict[str, Any]:
     path = out / PIPELINE_RECORD
     if not path.exists():
         return {}
-    with errors_named(path):
-        pipeline = yaml.safe_load(path.read_text())
+    pipeline = read_yaml(path)
     check_schema(pipeline, dict, str(path))
     targets = pipeline.get("targets", {})
     check_targets(targets, f"{path}: targets")

@@ -12,16 +12,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from data.files import files_by_step
 from models.codec import Codec, load_codec
 from models.condition import Condition
 from models.denoiser import Denoiser
 from models.description import build, identity
 from models.diffusers.text import Prompts
-from models.tensors import read_safetensors, tensor_digest
+from models.tensors import read_metadata, read_safetensors, tensor_digest
 
 CODEC = "codec"  # folder of the frozen codec in a run
 TEXTS = "texts"  # folder of the text encoders in a run
 OPTIMIZER_STATE = "optimizer_states"  # Lightning's entry for it in a checkpoint
+CHECKPOINT_SUFFIX = ".ckpt"  # of a checkpoint step=N.ckpt in a run
+# How users name models of the hub, the configs of a pipeline's parts, and what makes a folder of
+# a pipeline's single file.
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+PART_CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json")
+SINGLE_FILE = (
+    "if it is a single file of ComfyUI, kohya or another program, make a folder of it: "
+    "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+)
 FORMAT = 2  # of what `Generator` adds to a checkpoint under "rectify"
 
 
@@ -42,7 +52,7 @@ def load_checkpoint(path: str | Path) -> LoadedModel:
         FileNotFoundError: no such folder, or no checkpoint in it.
         ValueError: the file is damaged, of another format, or not the checkpoint of a generator.
     """
-    if (Path(path) / "model_index.json").is_file():
+    if is_pipeline(path):
         from models.diffusers.pipeline import load_pipeline  # diffusers is slow to import
 
         return load_pipeline(Path(path))
@@ -70,12 +80,20 @@ def load_checkpoint(path: str | Path) -> LoadedModel:
             f"{file}: its description and weights do not make a denoiser ({reason})"
         ) from error
     denoiser.guidance = _check_guidance(spec.get("guidance"), file)
+    denoiser.jumps = spec.get("jumps", True)  # older runs do not record it
+    if not isinstance(denoiser.jumps, bool):
+        raise ValueError(f"{file}: jumps is {denoiser.jumps!r}; it must be true or false")
     # Text encoders and codec are found in the run, wherever it was moved.
     run = file.resolve().parent.parent
     if isinstance(condition, Prompts) and (run / TEXTS).is_dir():
         condition.encoder = str(run / TEXTS)
     codec = load_codec(run / CODEC if spec["codec"] else None)
     return LoadedModel(denoiser.eval().requires_grad_(False), codec, condition)
+
+
+def is_pipeline(path: str | Path) -> bool:
+    """Whether a path is the folder of a diffusers pipeline."""
+    return (Path(path) / "model_index.json").is_file()
 
 
 def _check_guidance(value: Any, file: Path) -> float | list[float] | None:
@@ -99,13 +117,45 @@ def newest_checkpoint(path: str | Path) -> Path:
     if run.is_file() or (run / "rest.pt").is_file():
         return run
     if not run.is_dir():
-        raise FileNotFoundError(f"{run}: no such run folder; train one with `rectify fit`")
-    found = sorted((run / "checkpoints").glob("step=*.ckpt"))
+        raise FileNotFoundError(f"{run}: no such run folder; {_missing_hint(str(path))}")
+    found = files_by_step(run / "checkpoints", CHECKPOINT_SUFFIX)
     if not found:
+        hint = _foreign_folder_hint(run)
+        if hint:
+            raise FileNotFoundError(f"{run}: {hint}")
         raise FileNotFoundError(
             f"{run}: no checkpoint under {run / 'checkpoints'}; run its `rectify fit` first"
         )
     return found[-1]
+
+
+def _missing_hint(path: str) -> str:
+    """Return what to do about a model that is not there: it may be the name of one on the hub."""
+    if HUB_NAME.fullmatch(path):
+        return (
+            "a model of the hub is downloaded first (`hf download NAME --local-dir FOLDER`), and "
+            "FOLDER is given here"
+        )
+    return "train one with `rectify fit`"
+
+
+def _foreign_folder_hint(folder: Path) -> str:
+    """Return what is wrong with a folder of diffusers that is no pipeline's, or ""."""
+    snapshots = folder / "snapshots"
+    if snapshots.is_dir():
+        revision = max(snapshots.iterdir(), default=snapshots / "REVISION")
+        return f"a cache folder of the hub; give the snapshot in it, {revision}"
+    for file in PART_CONFIGS:
+        if (folder / file).is_file():
+            return (
+                f"one part of a pipeline (it has a {file}); give the pipeline's folder, the one "
+                f"with model_index.json, here {folder.resolve().parent}"
+            )
+    if list(folder.glob("**/manifest.json")):
+        return "it is a set of samples, which has no checkpoint; give a run folder"
+    if list(folder.glob("*.safetensors")):
+        return f"it has weights, but no model_index.json; {SINGLE_FILE}"
+    return ""
 
 
 def read_checkpoint(path: str | Path, tensors: bool = True, resume: bool = False) -> dict[str, Any]:
@@ -124,15 +174,17 @@ def read_checkpoint(path: str | Path, tensors: bool = True, resume: bool = False
     path = Path(path)
     try:
         checkpoint = _read_any(path, tensors, resume)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such checkpoint") from None
     except Exception as error:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such checkpoint") from None
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: not a readable checkpoint ({reason})") from error
+        raise ValueError(
+            f"{path}: not a readable checkpoint ({reason}); {_way_out(path)}"
+        ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("rectify"), dict):
         raise ValueError(
-            f"{path}: not a checkpoint of rectify (it has no `rectify` entry); "
-            "use a run folder made by `rectify fit`"
+            f"{path}: not a checkpoint of rectify (it has no `rectify` entry); use a run folder "
+            f"made by `rectify fit`; {SINGLE_FILE}"
         )
     if not resume:
         checkpoint.pop(OPTIMIZER_STATE, None)
@@ -151,6 +203,17 @@ def read_checkpoint(path: str | Path, tensors: bool = True, resume: bool = False
     return checkpoint
 
 
+def _way_out(path: Path) -> str:
+    """Return what to do about a damaged checkpoint: use an older one if there is any."""
+    checkpoints = files_by_step(path.parent, path.suffix)
+    older = checkpoints[: checkpoints.index(path)] if path in checkpoints else []
+    if older:
+        return f"{older[-1]} is older: go on from it with `rectify fit ... --resume {older[-1]}`"
+    if path.is_file() and not path.name.startswith("step="):
+        return SINGLE_FILE
+    return "restore it, or move it away and make it again"
+
+
 def _read_any(path: Path, tensors: bool, resume: bool) -> Any:
     """Read a sharded checkpoint, a safetensors file, or a file of torch.save."""
     if path.is_dir():
@@ -160,6 +223,8 @@ def _read_any(path: Path, tensors: bool, resume: bool) -> Any:
             return sharded.read_rest(path)
         return sharded.read(path, skipped=() if resume else (OPTIMIZER_STATE,))
     if path.suffix == ".safetensors":
+        if "rectify" not in read_metadata(path):
+            return None
         average, metadata = read_safetensors(path)
         return {"rectify": json.loads(metadata["rectify"]), "state_dict": {}, "ema": average}
     with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums

@@ -1,21 +1,26 @@
 """Codecs: image <-> latent. Images are float32 in [-1, 1], shape (B, C, H, W)."""
 
 import json
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from data.files import file_digest
+from data.files import check_folder, file_digest
+from models.diffusers.parts import load_part
 from models.tensors import tensor_digest
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL  # importing it takes a second
 
 CHECKSUMS = "checksums.json"  # in a codec folder that we wrote: the sha256 of its other files
+
+# Entries of a manifest that identify the codec of latents: its weights and statistics.
+CODEC_ENTRIES = ("codec", "scale", "shift", "channel_mean", "channel_std")
 
 
 class Codec(nn.Module, ABC):
@@ -43,7 +48,8 @@ class Identity(Codec):
 class KL(Codec):
     """A diffusers AutoencoderKL folder.
 
-    Latents are (posterior mean - `shift_factor`) * `scaling_factor`.
+    Latents are (posterior mean - `shift_factor` - `latents_mean`) / `latents_std` *
+    `scaling_factor`; mean and standard deviation are of each channel, and most folders have none.
 
     Args:
         path: the folder (config.json and safetensors weights).
@@ -55,18 +61,14 @@ class KL(Codec):
 
         if not (Path(path) / "config.json").is_file():
             raise FileNotFoundError(
-                f"{path}: it has no config.json; a codec is a diffusers AutoencoderKL folder"
+                f"{path}: it has no config.json; a codec is a diffusers AutoencoderKL folder, for "
+                "example vae/ of a pipeline"
             )
         self.path = path
         _check_files(Path(path))
-        try:
-            vae = AutoencoderKL.from_pretrained(path, use_safetensors=True)
-        except Exception as error:  # diffusers, safetensors and torch raise different kinds
-            reason = str(error).strip() or type(error).__name__
-            raise ValueError(
-                f"{path}: not a readable diffusers AutoencoderKL ({reason})"
-            ) from error
+        vae = load_part(AutoencoderKL, Path(path))
         self.vae = vae.eval().requires_grad_(False)
+        _check_statistics(vae.config, f"{path}/config.json")
 
     @property
     def scale(self) -> float:
@@ -78,11 +80,69 @@ class KL(Codec):
         """Mean of the raw latents, subtracted before scaling (diffusers' shift_factor)."""
         return self.vae.config.shift_factor or 0.0
 
+    @property
+    def factor(self) -> int:
+        """Pixels in a row of an image to one number in a row of its latent."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
     def encode(self, images: Tensor) -> Tensor:
-        return (self.vae.encode(images).latent_dist.mode() - self.shift) * self.scale
+        self.check_images(images)
+        return self.center(self.vae.encode(images).latent_dist.mode()) * self.scale
 
     def decode(self, x: Tensor) -> Tensor:
-        return self.vae.decode(x / self.scale + self.shift).sample
+        latents = x / self.scale
+        if self.vae.config.latents_std is not None:
+            latents = latents * self._per_channel("latents_std", x)
+            latents = latents + self._per_channel("latents_mean", x)
+        return self.vae.decode(latents + self.shift).sample
+
+    def center(self, latents: Tensor) -> Tensor:
+        """Return raw latents (B, C, H, W) with everything but the scale applied."""
+        latents = latents - self.shift
+        if self.vae.config.latents_std is None:
+            return latents
+        centered = latents - self._per_channel("latents_mean", latents)
+        return centered / self._per_channel("latents_std", latents)
+
+    def _per_channel(self, key: str, like: Tensor) -> Tensor:
+        return like.new_tensor(self.vae.config[key]).view(1, -1, 1, 1)
+
+    def check_images(self, images: Tensor) -> None:
+        """Check that images (B, C, H, W) have the channels and a size that the codec encodes.
+
+        Raises:
+            ValueError: they have not.
+        """
+        channels, height, width = images.shape[1:]
+        expected = self.vae.config.in_channels
+        if channels != expected:
+            raise ValueError(
+                f"{self.path}: takes images of {expected} channels, these have {channels}; pack "
+                "them with or without --grey, or use another codec"
+            )
+        if height % self.factor or width % self.factor:
+            raise ValueError(
+                f"{self.path}: takes images whose sides are multiples of {self.factor} pixels, "
+                f"these are {width} x {height}; pack them with another --size"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """Return what identifies a codec, as manifests record it: its weights and statistics.
+
+        Statistics that change nothing are left out.
+        """
+        identity: dict[str, Any] = {"codec": self.weights(), "scale": self.scale}
+        return identity | self.record_shift()
+
+    def record_shift(self) -> dict[str, Any]:
+        """Return the statistics beside the scale, without those that change nothing."""
+        record: dict[str, Any] = {}
+        if self.shift:
+            record["shift"] = self.shift
+        if self.vae.config.latents_std is not None:
+            record["channel_mean"] = list(self.vae.config.latents_mean)
+            record["channel_std"] = list(self.vae.config.latents_std)
+        return record
 
     def weights(self) -> str:
         """Return the sha256 of the weights' bits, independent of the file that they came from."""
@@ -91,6 +151,63 @@ class KL(Codec):
     def save(self, path: Path) -> None:
         """Write the diffusers folder, weights as safetensors."""
         save_codec(self.vae, path)
+
+
+def describe_codec(codec: Codec) -> dict[str, Any]:
+    """Return what identifies a codec (`KL.identity`); {} for pixels."""
+    return codec.identity() if isinstance(codec, KL) else {}
+
+
+def find_codec_difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return how one codec differs from another, "" if they are the same.
+
+    Args:
+        before: its weights and statistics (`describe_codec`).
+        now: those of the other codec.
+    """
+    for key in CODEC_ENTRIES:
+        if key == "scale" and "codec" in before and key not in before:
+            continue  # latents that record only the weights
+        if not _are_close(before.get(key), now.get(key)):
+            values = [f"{value!s:.40}" for value in (now.get(key), before.get(key))]
+            return f"its {key} is {values[0]} instead of {values[1]}"
+    return ""
+
+
+def _are_close(before: Any, now: Any) -> bool:
+    """Whether two values are equal, numbers up to rounding."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return all(_are_close(left, right) for left, right in zip(before, now))
+    if isinstance(before, float | int) and isinstance(now, float | int):
+        return math.isclose(before, now, rel_tol=1e-6)
+    return before == now
+
+
+def _check_statistics(config: Any, name: str) -> None:
+    """Check the statistics of latents in an AutoencoderKL's config.
+
+    Raises:
+        ValueError: they are not finite, or mean and deviation are not of every channel.
+    """
+    for key, least in {"scaling_factor": 0.0, "shift_factor": -math.inf}.items():
+        value = config[key]
+        if value is None and key == "shift_factor":
+            continue
+        if not isinstance(value, int | float) or not least < value < math.inf:
+            wanted = "finite" if least else "positive, finite"
+            raise ValueError(f"{name}: {key} is {value}; it must be a {wanted} number")
+    mean = config["latents_mean"]
+    deviation = config["latents_std"]
+    if mean is None and deviation is None:
+        return
+    for key, values in {"latents_mean": mean, "latents_std": deviation}.items():
+        count = config["latent_channels"]
+        if not isinstance(values, list | tuple) or len(values) != count:
+            raise ValueError(f"{name}: {key} is {values}; it must be a list of {count} numbers")
+        if not all(math.isfinite(value) for value in values):
+            raise ValueError(f"{name}: {key} is {values}; its numbers must be finite")
+    if min(deviation) <= 0:
+        raise ValueError(f"{name}: latents_std is {deviation}; its numbers must be positive")
 
 
 def save_codec(vae: "AutoencoderKL", path: Path) -> None:
@@ -135,13 +252,16 @@ def load_codec(path: str | Path | None) -> Codec:
     if path is None:
         return Identity()
     path = Path(path)
+    if path.is_file():
+        check_folder(path)
     if not path.is_dir():
         raise FileNotFoundError(
             f"{path}: no such codec folder; train one with `rectify fit` or use a diffusers "
             "AutoencoderKL"
         )
     nested = path / "codec"
-    return KL(str(nested if nested.is_dir() else path))
+    is_codec = (path / "config.json").exists()  # latents may have been written into its folder
+    return KL(str(nested if nested.is_dir() and not is_codec else path))
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -4,14 +4,20 @@ Samplers and objectives need nothing else of a model.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol, TypeGuard, runtime_checkable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from models.interpolant import Interpolant, is_inspectable
-from models.nets import WithEndTime, WithGuidance, WithShape, WithTimeInput
+from models.nets import (
+    WithEndTime,
+    WithGuidance,
+    WithNullCondition,
+    WithShape,
+    WithTimeInput,
+)
 from models.prediction import Prediction, Velocity
 from models.time_input import ScaledTime, TimeInput
 
@@ -80,6 +86,15 @@ class Costed(Protocol):
         """Return the network evaluations of one call at t, per sample."""
 
 
+@runtime_checkable
+class WithFirstLevel(Protocol):
+    """A denoiser whose network is trained on other times than its interpolant says."""
+
+    @property
+    def first_level(self) -> float:
+        """The least t that the network is trained on; 0 if it is trained on every t > 0."""
+
+
 def is_two_time(denoiser: DenoiserLike) -> TypeGuard[TwoTimeDenoiser]:
     """Whether a denoiser takes a second time, the end of a step."""
     return isinstance(denoiser, TwoTimeDenoiser) and denoiser.two_time
@@ -98,6 +113,20 @@ def jump(
     if not is_two_time(denoiser):
         raise ValueError("s: the denoiser takes no second time")
     return denoiser(x_t, t, cond, s)
+
+
+def first_level(denoiser: DenoiserLike) -> float:
+    """Return the least t that a denoiser's network is trained on; 0 for every t > 0."""
+    if isinstance(denoiser, WithFirstLevel):
+        return denoiser.first_level
+    return denoiser.interpolant.first_level
+
+
+def null_condition(denoiser: DenoiserLike, cond: Tensor | None) -> Tensor | None:
+    """Return conditions of the shape of `cond` that mean none; None if that is not known."""
+    if cond is None or not isinstance(denoiser, WithNullCondition):
+        return None
+    return denoiser.null_condition(cond)
 
 
 def prediction_of(denoiser: DenoiserLike) -> Prediction:
@@ -154,6 +183,10 @@ class Denoiser(nn.Module):
             t itself.
     """
 
+    # Whether its objective taught jumps to a second time: samplers use no others.
+    jumps = True
+    # What the network computes in, if it is not the type of its inputs.
+    network_dtype: torch.dtype | None = None
     # Guidance scale, or [low, high] scales, of the pairs that it was trained on, if known.
     guidance: float | list[float] | None = None
     # Averages of its weights, by the names of its state_dict, in a run that keeps them (EMA).
@@ -182,13 +215,28 @@ class Denoiser(nn.Module):
 
     @property
     def two_time(self) -> bool:
-        """Whether the network takes a second time."""
-        return isinstance(self.net, WithEndTime) and self.net.two_time
+        """Whether it takes a second time: the network does, and its objective taught jumps."""
+        return self.jumps and isinstance(self.net, WithEndTime) and self.net.two_time
+
+    def null_condition(self, cond: Tensor) -> Tensor | None:
+        """Return conditions of the shape of `cond` that mean none; None if there are no such."""
+        return self.net.null_condition(cond) if isinstance(self.net, WithNullCondition) else None
 
     @property
     def reads_guidance(self) -> bool:
         """Whether the network takes a guidance scale."""
         return isinstance(self.net, WithGuidance) and self.net.guidance_embedded
+
+    def convert_network(self, dtype: torch.dtype) -> None:
+        """Let the network hold its weights, and compute, in a type of half precision."""
+        self.net.to(dtype)
+        self.network_dtype = dtype
+
+    def _network_precision(self, device: str) -> AbstractContextManager[Any]:
+        """Return what the network is evaluated in."""
+        if self.network_dtype is None:
+            return nullcontext()
+        return torch.autocast(device, self.network_dtype)
 
     def forward(
         self,
@@ -222,7 +270,10 @@ class Denoiser(nn.Module):
                 f"t is {low:.6g} to {high:.6g}; it must lie in [0, 1] (0 is data, 1 is noise)"
             )
         if s is not None and not self.two_time:
-            raise ValueError("s: the network takes no second time; build it with two_time true")
+            raise ValueError(
+                "s: the network takes no second time, or its objective taught no jumps; build it "
+                "with two_time true, and train it with an objective of jumps, such as MeanFlow"
+            )
         if w is not None and not self.reads_guidance:
             raise ValueError(
                 "w: the network takes no guidance scale; build it with guidance_embedded true"
@@ -236,5 +287,6 @@ class Denoiser(nn.Module):
         # One evaluation, and the 2x2 solve
         add_evaluations(len(x_t))
         scaled = self.prediction.scale_input(self.interpolant, x_t, t)
-        y = self.net(scaled, self.time_input(t), cond, **optional).to(dtype)
+        with self._network_precision(x_t.device.type):
+            y = self.net(scaled, self.time_input(t), cond, **optional).to(dtype)
         return self.prediction.solve(self.interpolant, y, x_t, t)

@@ -64,6 +64,11 @@ class Interpolant(ABC):
     2022, arXiv 2210.02747).
     """
 
+    @property
+    def first_level(self) -> float:
+        """The least t that a network is trained on; 0 if there are networks for every t > 0."""
+        return 0.0
+
     @abstractmethod
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return (alpha, sigma) at t in [0, 1], each with t's shape and dtype.
@@ -312,6 +317,11 @@ class Shifted(Interpolant):
         self.interpolant = interpolant
         self.shift = shift
 
+    @property
+    def first_level(self) -> float:
+        level = self.interpolant.first_level
+        return level / (self.shift - (self.shift - 1) * level)
+
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.interpolant(self.shift * t / (1 + (self.shift - 1) * t))
 
@@ -344,6 +354,10 @@ class Discrete(Interpolant):
         log_variance = torch.log(-torch.expm1(2 * log_alpha))
         self._knots = _monotone_cubic(log_alpha - log_variance / 2)
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    @property
+    def first_level(self) -> float:
+        return 1 / len(self.betas)
 
     @classmethod
     def linear(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from models.denoiser import DenoiserLike, cost, is_two_time, jump
+from models.denoiser import DenoiserLike, cost, first_level, is_two_time, jump
 from models.interpolant import Interpolant, expand
 
 
@@ -46,6 +46,15 @@ class Retimed(nn.Module):
     def two_time(self) -> bool:
         """Whether the denoiser takes a second time."""
         return is_two_time(self.denoiser)
+
+    @property
+    def first_level(self) -> float:
+        """The least t that the denoiser's network is trained on, on our interpolant."""
+        level = first_level(self.denoiser)
+        if level > 0:
+            alpha, sigma = self.denoiser.interpolant(torch.tensor(level, dtype=torch.float64))
+            level = self.interpolant.time_of_snr(alpha, sigma).item()
+        return max(level, self.interpolant.first_level)
 
     def forward(
         self, x_t: Tensor, t: Tensor, cond: Tensor | None = None, s: Tensor | None = None

@@ -55,11 +55,26 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
                 tensors[name] = file.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
-    if metadata.get("xxh3") != _checksum(tensors):
+    if "xxh3" not in metadata:
+        raise ValueError(f"{path}: not a safetensors file of rectify (its metadata lack xxh3)")
+    if metadata["xxh3"] != _checksum(tensors):
         raise ValueError(
             f"{path}: its checksum does not match its tensors; delete it and write it again"
         )
     return tensors, metadata
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the metadata of a file.
+
+    Raises:
+        ValueError: the file is damaged; the message names it.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
 
 
 def save_nested(value: Any, file: BinaryIO) -> None:

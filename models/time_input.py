@@ -69,6 +69,32 @@ class NoiseLevel(TimeInput):
         return (sigma / alpha).log() / 4
 
 
+class BoundedNoiseLevel(TimeInput):
+    """c_noise = ln(sigma / alpha) / 4 inside the noise levels that a network was trained on.
+
+    Beyond them it is that of the nearest.
+
+    Args:
+        interpolant: the denoiser's own.
+        low: least sigma / alpha, positive.
+        high: largest sigma / alpha.
+    """
+
+    def __init__(self, interpolant: Interpolant, low: float = 0.002, high: float = 80.0):
+        if not 0 < low < high:
+            raise ValueError(
+                f"BoundedNoiseLevel: low is {low} and high is {high}; they must be positive and "
+                "rise"
+            )
+        self.interpolant = interpolant
+        self.low = low
+        self.high = high
+
+    def __call__(self, t: Tensor) -> Tensor:
+        alpha, sigma = self.interpolant(t)
+        return (sigma / alpha).clamp(self.low, self.high).log() / 4
+
+
 class TabulatedTime(TimeInput):
     """The value listed for the nearest t: for example a scheduler's timesteps beside its sigmas.
 
@@ -89,3 +115,32 @@ class TabulatedTime(TimeInput):
     def __call__(self, t: Tensor) -> Tensor:
         nearest = (t[..., None] - t.new_tensor(self.times)).abs().argmin(-1)
         return torch.as_tensor(self.values, dtype=t.dtype, device=t.device)[nearest]
+
+
+class InterpolatedTime(TimeInput):
+    """The values listed for some t, and linear between them: a scheduler's timesteps.
+
+    Args:
+        times: falling values of t, at least one. Beyond them the nearest value is taken.
+        values: the network's input at each of them.
+    """
+
+    def __init__(self, times: list[float], values: list[float]):
+        if len(times) != len(values) or not times:
+            raise ValueError(
+                f"InterpolatedTime: got {len(times)} times and {len(values)} values; "
+                "pass equally many, at least one"
+            )
+        self.times = times
+        self.values = values
+
+    def __call__(self, t: Tensor) -> Tensor:
+        times = t.new_tensor(self.times[::-1])
+        values = t.new_tensor(self.values[::-1])
+        if len(times) == 1:
+            return values.expand_as(t).clone()
+        after = torch.searchsorted(times, t.contiguous()).clamp(1, len(times) - 1)
+        low = times[after - 1]
+        high = times[after]
+        part = ((t - low) / (high - low)).clamp(0, 1)
+        return torch.lerp(values[after - 1], values[after], part)

@@ -70,6 +70,10 @@ class Piecewise(Interpolant):
         self.interpolant = interpolant
         self.windows = windows
 
+    @property
+    def first_level(self) -> float:
+        return self.interpolant.first_level
+
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         s, e = window(t, window_edges(self.windows))
         part = (s - t) / (s - e)

@@ -4,7 +4,6 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,8 +89,8 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a pipeline's stages in this process, which saves their imports."""
     import deploy.run
 
-    def run_in_process(words: list[str], **_: object) -> SimpleNamespace:
-        return SimpleNamespace(returncode=run_command(*words[4:]))
+    def run_in_process(words: list[str], **_: object) -> int:
+        return run_command(*words[4:])
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(deploy.run, "subprocess", SimpleNamespace(run=run_in_process))
+    monkeypatch.setattr(deploy.run, "run_command", run_in_process)

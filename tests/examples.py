@@ -6,12 +6,18 @@ import pytest
 
 from models.interpolant import Discrete, Interpolant, Linear, Shifted, VariancePreserving
 from models.prediction import Prediction
+from models.sampler import Sampler
 from models.windows import Piecewise
 
 
-def public_subclasses(base: type) -> list[type]:
-    """Return every subclass that a checkpoint can name."""
-    return [cls for cls in base.__subclasses__() if cls.__module__.startswith("models.")]
+def public_subclasses(base: type, package: str = "models.") -> list[type]:
+    """Return every subclass that a checkpoint, or an option, can name."""
+    return [cls for cls in base.__subclasses__() if cls.__module__.startswith(package)]
+
+
+def public_samplers() -> list[type[Sampler]]:
+    """Return every sampler that has a name; `OnScheduler` wraps one of them."""
+    return public_subclasses(Sampler, "models.sampler.")
 
 
 def default_instances(base: type) -> list:

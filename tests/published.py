@@ -4,6 +4,7 @@ Their latents are 4 x 8 x 8, except Flux's.
 """
 
 import json
+from pathlib import Path
 
 import torch
 import transformers
@@ -23,6 +24,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -242,3 +244,29 @@ def pipeline(kind, path) -> DiffusionPipeline:
         path: a folder for the tokenizers' files.
     """
     return PIPELINES[kind](path)
+
+
+def rewrite_for_transformers_4(folder: Path) -> None:
+    """Give a pipeline's folder the layout of transformers 4, in which most pipelines are published.
+
+    Its names of CLIP's weights begin with `text_model.`, and CLIP's tokenizer has two files.
+    """
+    index = json.loads((folder / "model_index.json").read_text())
+    parts = {name: part for name, part in index.items() if isinstance(part, list)}
+    for name, (_, kind) in parts.items():
+        part = folder / name
+        if kind == "CLIPTextModel":
+            weights = load_file(part / "model.safetensors")
+            named = {f"text_model.{key}": value for key, value in weights.items()}
+            save_file(named, part / "model.safetensors", {"format": "pt"})
+        elif kind == "CLIPTokenizer":
+            model = json.loads((part / "tokenizer.json").read_text())["model"]
+            (part / "vocab.json").write_text(json.dumps(model["vocab"]))
+            (part / "merges.txt").write_text("#version: 0.2\n")
+            (part / "tokenizer.json").unlink()
+        elif kind == "T5Tokenizer":
+            index[name][1] = "T5TokenizerFast"
+            config = json.loads((part / "tokenizer_config.json").read_text())
+            config.pop("extra_special_tokens")  # a list, which version 4 does not read
+            (part / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))

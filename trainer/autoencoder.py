@@ -71,7 +71,9 @@ class Autoencoder(OptimizedModule):
         """Log the loss of held-out images."""
         mse, kl = self.losses(batch)
         loss = mse + self.kl_weight * kl
-        self.log("heldout_loss", loss, sync_dist=True, batch_size=len(batch.x))
+        # MetricsLog gives it to the loggers.
+        size = len(batch.x)
+        self.log("heldout_loss", loss, sync_dist=True, batch_size=size, logger=False)
 
     def losses(self, batch: Batch) -> AutoencoderLosses:
         """Return the two parts of the loss, reconstructing from a sample of the posterior."""

@@ -3,20 +3,30 @@
 Each raises a ValueError of one line that names the option to change.
 """
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.batch import IndexedDataset
+from data.files import errors_named
 from data.pairs import Pairs
 from data.sequential import SequentialTars
-from models.codec import KL, Codec
+from models.codec import CODEC_ENTRIES, KL, Codec, describe_codec, find_codec_difference
 from models.condition import Condition
 from models.denoiser import Denoiser
 from models.description import build, describe
 from models.diffusers.networks import Pretrained
+from models.diffusers.pipeline import part_digests
 from models.diffusers.text import Prompts
 from models.nets import Net
+from trainer.objectives.base import Objective
+from trainer.objectives.parts.lpips import Perceptual
+from trainer.objectives.teachers import FrozenTeacher
+
+# Options that name the parts of a pipeline; the others belong to the condition.
+PART_OPTIONS = {"vae": "model.codec", "scheduler": "model.initial"}
 
 
 def check_condition(denoiser: Denoiser, condition: Condition | None) -> None:
@@ -74,15 +84,11 @@ def check_source(
                 "model.codec: the data are latents; give the codec folder beside them "
                 "(LATENTS/codec)"
             )
-        weights = codec.weights()
-        if manifest.get("codec", weights) != weights:
-            raise ValueError(
-                f"model.codec: {codec.path} is not the codec that encoded {source}; give the "
-                "codec folder beside the latents (LATENTS/codec)"
-            )
+        check_latents_codec(manifest, f"model.codec: {codec.path}", codec, source)
 
     # 3. The shape of x.
-    x = sample.x if sample.latent else codec.encode(sample.x)
+    with errors_named(f"data.source: {source}"):
+        x = sample.x if sample.latent else codec.encode(sample.x)
     shape = tuple(x.shape[1:])
     if shape != denoiser.shape:
         raise ValueError(
@@ -96,6 +102,58 @@ def check_source(
         raise ValueError(
             f"data.source: has {data_classes} classes, model.condition.classes is {classes}"
         )
+
+
+def check_latents_codec(manifest: dict[str, Any], name: str, codec: Codec, source: object) -> None:
+    """Check that a codec is the one that encoded a set of latents, if the set records its codec.
+
+    Args:
+        manifest: of the latents.
+        name: of the codec, for the message.
+        codec: the codec that decodes the latents.
+        source: the latents, for the message.
+    """
+    if "codec" not in manifest:
+        return
+    recorded = {key: manifest[key] for key in CODEC_ENTRIES if key in manifest}
+    difference = find_codec_difference(recorded, describe_codec(codec))
+    if difference:
+        raise ValueError(
+            f"{name} is not the codec that encoded {source} ({difference}); give the codec folder "
+            "beside the latents (LATENTS/codec), or encode all sets with `--codec LATENTS/codec`"
+        )
+
+
+def check_same_codec(name: str, other: dict[str, Any], codec: Codec) -> None:
+    """Check that a model has the codec of another part that works in its latents.
+
+    Args:
+        name: of the other part, for the message.
+        other: weights and statistics of its codec (`models.codec.describe_codec`).
+        codec: the model's.
+    """
+    difference = find_codec_difference(other, describe_codec(codec))
+    if difference:
+        raise ValueError(
+            f"model.codec: {describe_path(codec)} is not the codec of {name} "
+            f"({difference}); give that codec, the folder codec/ or vae/ beside its weights"
+        )
+
+
+def describe_path(codec: Codec) -> str:
+    """Return where a codec was read from, for messages."""
+    return codec.path if isinstance(codec, KL) else "no codec"
+
+
+def list_codecs(objective: Objective) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name, and weights and statistics, of the codecs of an objective's parts."""
+    for name, part in vars(objective).items():
+        if isinstance(part, FrozenTeacher):
+            yield f"model.objective.{name} ({part.run})", part.codec
+        elif isinstance(part, Perceptual) and isinstance(part.codec, KL):
+            yield f"model.objective.{name}", part.codec.identity()
+        elif isinstance(part, Objective):
+            yield from list_codecs(part)
 
 
 def check_pairs(
@@ -123,6 +181,62 @@ def check_pairs(
             f"data.source: {pairs.path} records guidance scales, from {low:g} to {high:g}, which "
             "the network does not read; set model.denoiser.net.guidance_embedded"
         )
+
+
+def check_parts(pairs: Pairs, codec: Codec, condition: Condition, initial: str | None) -> None:
+    """Check that a student has the parts of the teacher that its pairs were collected with.
+
+    Args:
+        pairs: their manifest records digests of the text encoders, tokenizers, VAE and scheduler.
+        codec: the student's.
+        condition: the student's.
+        initial: the run or pipeline that the student starts from.
+    """
+    recorded = pairs.manifest.get("parts")
+    if not recorded:
+        return
+    found = part_digests(codec, condition, initial)
+    for name, collected in recorded.items():
+        if name in found and found[name] != collected:
+            option = PART_OPTIONS.get(name, "model.condition.encoder")
+            raise ValueError(
+                f"{option}: its {name} is not the one that {pairs.path} was collected with; give "
+                "the teacher's, or collect the pairs again"
+            )
+    if "vae" in recorded and "vae" not in found:
+        raise ValueError(
+            f"model.codec: {pairs.path} holds latents of a VAE; give the teacher's folder vae"
+        )
+
+
+def check_same_texts(name: str, other: Condition, condition: Condition) -> None:
+    """Check that a model reads texts as another does, if both read texts.
+
+    Args:
+        name: of the other, for the message.
+        other: its condition.
+        condition: the model's.
+    """
+    if not (isinstance(other, Prompts) and isinstance(condition, Prompts)):
+        return
+    if Path(other.encoder).resolve() == Path(condition.encoder).resolve():
+        return
+    found = condition.parts
+    for part, expected in other.parts.items():
+        if found.get(part) != expected:
+            raise ValueError(
+                f"model.condition.encoder: the {part} of {condition.encoder} is not that of "
+                f"{name}; give the same text encoders to both"
+            )
+
+
+def list_conditions(objective: Objective) -> Iterator[tuple[str, Condition]]:
+    """Yield name and condition of the frozen teachers in an objective."""
+    for name, part in vars(objective).items():
+        if isinstance(part, FrozenTeacher):
+            yield f"model.objective.{name} ({part.run})", part.condition
+        elif isinstance(part, Objective):
+            yield from list_conditions(part)
 
 
 def check_same_part(pairs: Pairs, part: str, configured: Any) -> None:

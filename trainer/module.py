@@ -15,16 +15,26 @@ from data.files import atomic_folder
 from data.pairs import Pairs
 from data.sequential import SequentialTars
 from models.checkpoint import CODEC, FORMAT, TEXTS, fingerprint, load_checkpoint
-from models.codec import KL, Codec, load_codec
+from models.codec import KL, Codec, describe_codec, load_codec
 from models.condition import Condition, Unconditional
 from models.denoiser import Denoiser, count_evaluations
 from models.description import build, describe
 from models.diffusers.text import Prompts
 from models.guidance import GuidanceConditioned
 from models.interpolant import expand
-from models.nets import Net
+from models.nets import Net, WithEndTime
 from models.nets.embedding import ScalarEmbedding
-from trainer.compatibility import check_condition, check_pairs, check_same_model, check_source
+from trainer.compatibility import (
+    check_condition,
+    check_pairs,
+    check_parts,
+    check_same_codec,
+    check_same_model,
+    check_same_texts,
+    check_source,
+    list_codecs,
+    list_conditions,
+)
 from trainer.engine.fsdp import shard, to_local
 from trainer.engine.trainer_parts import find_datamodule
 from trainer.objectives import Matching, Objective
@@ -139,11 +149,22 @@ class Generator(OptimizedModule):
             "denoiser": describe(denoiser),
             "condition": describe(self.condition),
         }
+        denoiser.jumps = self.objective.teaches_jumps
+        if isinstance(denoiser.net, WithEndTime) and denoiser.net.two_time:
+            self.spec["jumps"] = denoiser.jumps
 
-        # 4. Initial weights.
+        # 4. Teachers inside the objective, and initial weights: all in the same latents.
+        for name, other in list_codecs(self.objective):
+            check_same_codec(name, other, self.codec)
+        for name, texts in list_conditions(self.objective):
+            check_same_texts(name, texts, self.condition)
+        self.initial = initial
         self.teacher_hash: str | None = None
         if initial:
-            source = load_checkpoint(initial).denoiser
+            loaded = load_checkpoint(initial)
+            source = loaded.denoiser
+            check_same_codec(f"model.initial ({initial})", describe_codec(loaded.codec), self.codec)
+            check_same_texts(f"model.initial ({initial})", loaded.condition, self.condition)
             self.teacher_hash = fingerprint(source)
             inherit_weights(self.denoiser, source)
 
@@ -182,7 +203,9 @@ class Generator(OptimizedModule):
         """Log the loss of a held-out batch, without dropping conditions."""
         cond = self.condition(batch.condition)
         loss = self.loss(batch, StepRandom(batch), cond)
-        self.log("heldout_loss", loss.total, sync_dist=True, batch_size=len(batch.x))
+        # MetricsLog gives it to the loggers.
+        size = len(batch.x)
+        self.log("heldout_loss", loss.total, sync_dist=True, batch_size=size, logger=False)
 
     def loss(self, batch: Batch, random: StepRandom, cond: Tensor | None) -> Loss:
         """Return the objective's loss of a batch.
@@ -260,6 +283,7 @@ class Generator(OptimizedModule):
             check_source(source, self.denoiser, self.condition, self.codec)
         if isinstance(source, Pairs):
             check_pairs(source, self.denoiser, self.condition, self.teacher_hash)
+            check_parts(source, self.codec, self.condition, self.initial)
             # A range of scales is what the student is conditioned on: no later scale replaces it.
             if not isinstance(self.spec.get("guidance"), list):
                 self.spec["guidance"] = source.guidance
@@ -276,3 +300,11 @@ class Generator(OptimizedModule):
         stored = describe(build(checkpoint["rectify"].get("denoiser")))
         run = self.trainer.default_root_dir
         check_same_model(run, "model.denoiser", stored, self.spec["denoiser"])
+
+        # The run's codec, which is about to be written again.
+        frozen = Path(run) / CODEC
+        if checkpoint["rectify"].get("codec") and frozen.is_dir():
+            check_same_codec(f"this run ({frozen})", describe_codec(load_codec(frozen)), self.codec)
+        if (Path(run) / TEXTS).is_dir():
+            texts = Path(run) / TEXTS
+            check_same_texts(f"this run ({texts})", Prompts(str(texts)), self.condition)

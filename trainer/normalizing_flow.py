@@ -41,7 +41,9 @@ class MaximumLikelihood(OptimizedModule):
     def validation_step(self, batch: Batch, _: int) -> None:
         """Log the exact loss of a held-out batch."""
         loss = self.loss(batch, exact=True)
-        self.log("heldout_loss", loss, sync_dist=True, batch_size=len(batch.x))
+        # MetricsLog gives it to the loggers.
+        size = len(batch.x)
+        self.log("heldout_loss", loss, sync_dist=True, batch_size=size, logger=False)
 
     def loss(self, batch: Batch, exact: bool = False) -> Tensor:
         """Return the mean of -log p(x) in nats per dimension."""

@@ -1,15 +1,25 @@
 """The optimizer and the learning-rate schedule, which the configuration chooses."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    LRScheduler,
+    OneCycleLR,
+    ReduceLROnPlateau,
+)
+from torch.optim.swa_utils import SWALR
 
 from data.batch import Batch
 from trainer.step_outputs import StepOutputs
@@ -20,6 +30,13 @@ class ParameterGroup(NamedTuple):
 
     parameters: list[nn.Parameter]
     learning_rate_ratio: float = 1.0  # to the optimizer's learning rate
+
+
+class Optimization(NamedTuple):
+    """An optimizer and the schedule of its learning rate."""
+
+    optimizer: Optimizer
+    schedule: LRScheduler | None  # None for a constant learning rate
 
 
 class OptimizedModule(LightningModule, ABC):
@@ -48,6 +65,16 @@ class OptimizedModule(LightningModule, ABC):
 
         Lightning's default is once per epoch, and the stream of batches has no epochs.
         """
+        built = self.build_optimization()
+        if built.schedule is None:
+            return built.optimizer
+        return {
+            "optimizer": built.optimizer,
+            "lr_scheduler": {"scheduler": built.schedule, "interval": "step"},
+        }
+
+    def build_optimization(self) -> Optimization:
+        """Build the configured optimizer and schedule."""
         # 1. The optimizer.
         groups = self.parameter_groups()
         with key_named("optimizer"):
@@ -58,7 +85,7 @@ class OptimizedModule(LightningModule, ABC):
 
         # 2. The schedule.
         if self.make_lr_scheduler is None:
-            return optimizer
+            return Optimization(optimizer, None)
         with key_named("lr_scheduler"):
             scheduler = self.make_lr_scheduler(optimizer)
         if isinstance(scheduler, ReduceLROnPlateau):
@@ -66,10 +93,59 @@ class OptimizedModule(LightningModule, ABC):
                 "lr_scheduler: ReduceLROnPlateau needs epochs, which a stream does not have; "
                 "use a schedule over steps"
             )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        ratios = [group.learning_rate_ratio for group in groups]
+        check_keeps_ratios(scheduler, ratios)
+        return Optimization(optimizer, scheduler)
+
+
+def check_keeps_ratios(schedule: LRScheduler, ratios: list[float]) -> None:
+    """Check that a schedule keeps the ratios between the learning rates of parameter groups.
+
+    Args:
+        schedule: the schedule.
+        ratios: of the groups.
+
+    Raises:
+        ValueError: it gives all groups the same rates.
+    """
+    if all(ratio == ratios[0] for ratio in ratios):
+        return
+    has_one_rate = isinstance(schedule, OneCycleLR | CyclicLR | SWALR)
+    if isinstance(schedule, CosineAnnealingLR | CosineAnnealingWarmRestarts):
+        has_one_rate = schedule.eta_min != 0
+    if has_one_rate:
+        raise ValueError(
+            f"lr_scheduler: {type(schedule).__name__} gives student and fake the same learning "
+            f"rate, but fake_rate of the objective is {ratios[-1]:g}; use WarmUp, or set fake_rate "
+            "to 1"
+        )
+
+
+def apply_configured_settings(trainer: Trainer) -> None:
+    """Give optimizer and schedule of a resumed run the configured settings.
+
+    The optimizer keeps its state. The learning rate is the one that the configured schedule has at
+    this step, as if the run had begun with it.
+    """
+    module = trainer.lightning_module
+    assert isinstance(module, OptimizedModule)
+    configured = module.build_optimization()
+
+    # The schedule at this step.
+    if configured.schedule is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its optimizer makes no step
+            for _ in range(trainer.global_step):
+                configured.schedule.step()
+        for entry in trainer.lr_scheduler_configs:
+            entry.scheduler.load_state_dict(configured.schedule.state_dict())
+
+    # The options of every group.
+    (optimizer,) = trainer.optimizers
+    for group, new in zip(optimizer.param_groups, configured.optimizer.param_groups, strict=True):
+        for name, value in new.items():
+            if name != "params":
+                group[name] = value
 
 
 @contextmanager

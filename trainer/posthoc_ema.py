@@ -44,8 +44,10 @@ def posthoc_weights(steps: np.ndarray, gammas: np.ndarray, step: int, gamma: flo
         gamma: exponent of the new profile.
 
     Returns:
-        Least-squares weights, (n,).
+        Least-squares weights, (n,), divided by their sum, as in EDM2's code: of few snapshots it
+        would be less than 1, and the average smaller than the weights.
     """
     gram = inner_products(steps, gammas, steps, gammas)
     target = inner_products(steps, gammas, np.array([float(step)]), np.array([gamma]))
-    return np.linalg.lstsq(gram, target[:, 0], rcond=1e-12)[0]
+    weights = np.linalg.lstsq(gram, target[:, 0], rcond=1e-12)[0]
+    return weights / weights.sum()

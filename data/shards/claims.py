@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from data.files import read_clock
 from data.shards.write import ShardWriter
 
 
@@ -39,7 +40,7 @@ class Claims:
         if not self._create(path):
             # Remove a stale claim. Of several processes that try it, one succeeds.
             with suppress(FileNotFoundError):  # the claim was dropped meanwhile
-                if self._now() - path.stat().st_mtime < self.lease:
+                if read_clock(self.folder) - path.stat().st_mtime < self.lease:
                     return False
                 stale = path.rename(self.folder / f"stale-{secrets.token_hex(8)}")
                 stale.unlink()
@@ -71,14 +72,6 @@ class Claims:
             # The claim exists, or the folder was removed with the last of the work.
             return False
         return True
-
-    def _now(self) -> float:
-        """Return the time of the clock that stamps the claims: the file server's."""
-        probe = self.folder / f"now-{secrets.token_hex(8)}"
-        probe.touch()
-        stamp = probe.stat().st_mtime
-        probe.unlink()
-        return stamp
 
     def _renew(self) -> None:
         while not self.ended.wait(self.lease / 4):

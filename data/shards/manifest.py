@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data.cache import Cache, parse_scheme
-from data.files import parse_checksummed_json, read_json
+from data.files import check_folder, parse_checksummed_json, read_json
 from data.schema import COUNT, NAME, SHA256, XXH3, check_schema
 
 FORMAT = 3  # of manifests and plans; pair sets identify interpolants by description since 3
@@ -35,6 +35,16 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return record
+
+
+def identify_shards(manifest: dict[str, Any]) -> list[Any]:
+    """Return the checksums of a set's shards, and the options that they were indexed with."""
+    identity = []
+    for shard in manifest["shards"]:
+        identity.append(shard["sha256"])
+        if "options" in shard:  # of `rectify index`
+            identity.append(shard["options"])
+    return identity
 
 
 def read_manifest(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
@@ -70,13 +80,17 @@ def _read_local_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if path.is_file():
         return read_json(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
+    check_folder(folder)
     if (folder / "plan.json").exists():
         raise FileNotFoundError(f"{folder}: an unfinished set; run the command that makes it again")
+    sets = [str(found.parent) for found in sorted(folder.glob("*/manifest.json"))]
+    if sets:
+        raise FileNotFoundError(
+            f"{folder}: holds several sets; give one of them: {', '.join(sets)}"
+        )
     raise FileNotFoundError(
         f"{folder}: no manifest.json, so this is no set of shards; "
-        "make one with `rectify pack`, `encode` or `collect`"
+        "make one with `rectify pack`, `encode`, `collect` or, of tars, `index`"
     )
 
 

@@ -4,10 +4,14 @@ A shard and its offsets are verified when the shard is first opened, or each sam
 """
 
 import ast
+import io
+import math
 import mmap
+import tarfile
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -18,9 +22,12 @@ from numpy.lib.stride_tricks import as_strided
 from data.cache import Cache
 from data.files import checksum, errors_named, parse_checksummed_json, sample_checksum
 from data.shards.manifest import read_manifest
-from data.shards.write import TAR_BLOCK, split_name
+from data.shards.scan import TAR_BLOCK, split_name
 
 MAX_OPEN_SHARDS = 64  # each holds two file descriptors
+LONG_NAME_TYPES = b"Lx"  # of members with the name of the next one: GNU's and PAX's
+LONG_NAME_BLOCKS = 10  # up to which such a member is recognised, with its header
+POSIX_MAGIC = b"ustar\0"  # GNU's differs, and has other fields where the prefix is
 
 
 @lru_cache(maxsize=64)
@@ -53,8 +60,12 @@ def npy_to_arrays(data: np.ndarray) -> np.ndarray:
     if (data[:, :start] != data[0, :start]).any():
         raise ValueError("arrays of different shapes or types in one batch")
     dtype, shape = _parse_header(data[0, 10:start].tobytes())
-    values = data[:, start:].view(dtype)
-    return values.reshape(len(data), *shape)
+    size = dtype.itemsize * math.prod(shape)
+    if data.shape[1] - start != size:
+        raise ValueError(
+            f"an array of {dtype} {shape} has {size} bytes, not {data.shape[1] - start}"
+        )
+    return data[:, start:].view(dtype).reshape(len(data), *shape)
 
 
 def npy_to_array(data: np.ndarray) -> np.ndarray:
@@ -161,10 +172,8 @@ class Shard:
         """Return {"__key__": name, field: uint8 view} of one sample, by its row of the offsets."""
         spans = self.offsets[row].tolist()
 
-        # The name is at the beginning of the header before any member that is present.
-        header = max(start for start, _, _ in spans) - TAR_BLOCK
-        text, *_ = bytes(self.data[header : header + 100]).partition(b"\0")
-        name = text.decode(errors="replace")
+        # The name is in the header before any member that is present.
+        name = _read_name(self.data, max(start for start, _, _ in spans) - TAR_BLOCK)
         split = split_name(name)
         sample: dict[str, Any] = {"__key__": split[0] if split else name}
 
@@ -181,6 +190,30 @@ class Shard:
                 f"{self.tar}: the checksum of a sample is not the recorded one; "
                 "restore the shard or make the set again"
             )
+
+
+def _read_name(data: np.ndarray, header: int) -> str:
+    """Return the name of the member whose header begins at a byte of a tar.
+
+    A name of more than 100 characters begins in the field `prefix`, or is in a member before it.
+    """
+    for blocks in range(2, LONG_NAME_BLOCKS):
+        start = header - blocks * TAR_BLOCK
+        if start >= 0 and data[start + 156] in LONG_NAME_TYPES:
+            extended = data[start : header + TAR_BLOCK].tobytes() + bytes(2 * TAR_BLOCK)
+            with (
+                suppress(tarfile.TarError),
+                tarfile.open(fileobj=io.BytesIO(extended), mode="r:") as tar,
+            ):
+                member = tar.next()
+                if member and member.offset_data == (blocks + 1) * TAR_BLOCK:
+                    return member.name
+    block = data[header : header + TAR_BLOCK].tobytes()
+    name, *_ = block[:100].partition(b"\0")
+    prefix, *_ = block[345:500].partition(b"\0")
+    if prefix and block[257:263] == POSIX_MAGIC:
+        name = prefix + b"/" + name
+    return name.decode(errors="replace")
 
 
 def _check_map(path: str, mapped: mmap.mmap, xxh3: str) -> None:
@@ -215,6 +248,7 @@ class ShardReader:
         self.ends: list[int] = np.cumsum(counts).tolist()
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._verified: set[int] = set()
+        self._has_field: dict[str, bool] = {}  # of the fields that were looked up
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -227,6 +261,29 @@ class ShardReader:
         row = i - self.ends[number] + len(shard.offsets)
         return shard.sample(row, self.verify)
 
+    def has_field(self, field: str) -> bool:
+        """Return whether the samples of the set have a field. Empty shards do not count.
+
+        Raises:
+            ValueError: only some shards have it.
+        """
+        if field not in self._has_field:
+            shards: dict[bool, str] = {}
+            for shard in self.manifest["shards"]:
+                if shard["count"]:
+                    shards.setdefault(field in shard["fields"], shard["name"])
+            if len(shards) > 1:
+                raise ValueError(
+                    f"{self.folder}: the samples of {shards[True]} have .{field}, those of "
+                    f"{shards[False]} have none; add them, or leave out one kind"
+                )
+            self._has_field[field] = True in shards
+        return self._has_field[field]
+
+    def find_tar(self, i: int) -> str:
+        """Return the path of the tar with sample i."""
+        return f"{self.folder}/{self.manifest['shards'][bisect_right(self.ends, i)]['name']}"
+
     def arrays(self, field: str, indices: np.ndarray) -> np.ndarray:
         """Return the .npy arrays of a field at these indices, in this order, (B, ...)."""
 
@@ -238,16 +295,21 @@ class ShardReader:
         return self._read(indices, decode)
 
     def numbers(self, field: str, indices: np.ndarray) -> np.ndarray:
-        """Return the whole numbers that a field holds as text at these indices, (B,) int64."""
+        """Return the whole numbers that a field holds as text at these indices, (B,) int64.
+
+        Blanks around a number are ignored, such as the newline that editors add.
+        """
 
         def parse(shard: Shard, rows: np.ndarray) -> np.ndarray:
             data, lengths = shard.gather(field, rows, self.verify)
             width = data.shape[1]
             text = np.where(np.arange(width) < lengths[:, None], data, 0).astype(np.uint8)
             digits = (text >= ord("0")) & (text <= ord("9"))
-            if not (digits == (text > 0)).all() or not lengths.all():
+            blanks = (text == ord(" ")) | ((text >= ord("\t")) & (text <= ord("\r")))
+            if not ((digits | blanks) == (text > 0)).all() or not digits.any(1).all():
                 raise ValueError(f"{shard.tar}: .{field} is not a whole number in every sample")
-            return text.view(f"S{width}")[:, 0].astype(np.int64)
+            with errors_named(f"{shard.tar}: .{field}"):
+                return text.view(f"S{width}")[:, 0].astype(np.int64)
 
         return self._read(indices, parse)
 

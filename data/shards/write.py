@@ -2,8 +2,7 @@
 
 import io
 import re
-import tarfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,10 @@ from data.files import (
 )
 from data.schema import find_difference, shorten
 from data.shards.manifest import FORMAT, read_record
+from data.shards.scan import Spans, TarContents, scan_tar
 
-TAR_BLOCK = 512  # bytes; headers and members of a tar begin at multiples of it
+SET_FILES = re.compile(r"manifest\.json|[0-9]{6,}\.(tar|npy|json)")  # that a set writes
 ONLY_IN_RECORDS = ("stamp", "distances")  # keys of a shard's record that the manifest leaves out
-Span = tuple[int, int, int]  # of a member of a tar: start, length, xxh3 as int64
 
 
 def array_to_npy(array: np.ndarray) -> bytes:
@@ -36,81 +35,62 @@ def array_to_npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """Split a member's name into key and field, as webdataset does; None if it has no field.
-
-    The field begins after the first dot that follows the last slash.
-    """
-    found = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]+)", name)
-    if found is None:
-        return None
-    return found[1], found[2]
-
-
 def write_offsets(path: Path, offsets: np.ndarray) -> None:
     """Write the offsets of a shard."""
     with atomic_file(path) as file:
         file.write(array_to_npy(offsets))
 
 
-def index_tar(path: Path) -> tuple[list[str], np.ndarray]:
-    """Return the fields of a tar and its offsets, (samples, fields, 3) int64.
-
-    The offsets are start, length and xxh3 of every member, -1 where a sample lacks the field.
+def scan_complete_tar(path: Path) -> TarContents:
+    """Return the contents of a tar.
 
     Raises:
-        ValueError: the tar is damaged or has sparse members.
+        ValueError: it is compressed, damaged or no tar.
     """
-    # Find the members of each sample.
-    samples: dict[str, dict[str, Span]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            data = np.memmap(path, np.uint8, "r").data
-            for member in tar:
-                if member.issparse():
-                    raise ValueError(
-                        f"{path}: {member.name} is stored sparsely; "
-                        "pack the tar again without --sparse"
-                    )
-                name = split_name(member.name) if member.isfile() else None
-                if name:
-                    key, field = name
-                    samples.setdefault(key, {})[field] = _measure_member(path, member, data)
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{path}: not a complete tar ({error})") from None
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        contents = scan_tar(file, size, str(path))
+    if not contents.complete:
+        raise ValueError(
+            f"{path}: not a complete tar (its intact part ends at byte {contents.end:,} of "
+            f"{size:,}); restore it"
+        )
+    return contents
 
-    # Arrange their spans by sample and field.
-    fields = sorted({field for sample in samples.values() for field in sample})
+
+def measure_offsets(path: Path, samples: Sequence[Spans], fields: Sequence[str]) -> np.ndarray:
+    """Return the offsets of a tar's samples, (samples, fields, 3) int64.
+
+    They are start, length and xxh3 of every member, -1 where a sample lacks the field.
+
+    Args:
+        path: the tar.
+        samples: spans of each sample; fields that are not among `fields` are left out.
+        fields: names of the columns.
+    """
+    data = np.memmap(path, np.uint8, "r").data
     offsets = np.full((len(samples), len(fields), 3), -1, dtype=np.int64)
-    for row, sample in enumerate(samples.values()):
-        for field, span in sample.items():
-            offsets[row, fields.index(field)] = span
-    return fields, offsets
+    for row, spans in enumerate(samples):
+        for column, field in enumerate(fields):
+            if field in spans:
+                start, size = spans[field]
+                xxh3 = np.uint64(sample_checksum(data[start : start + size]))
+                offsets[row, column] = start, size, int(xxh3.view(np.int64))
+    return offsets
 
 
-def _measure_member(path: Path, member: tarfile.TarInfo, data: memoryview) -> Span:
-    """Return the span of a member, and check that the end of the archive can follow it."""
-    start = member.offset_data
-    size = member.size
-    blocks = -(-size // TAR_BLOCK)
-    if start + blocks * TAR_BLOCK > len(data) - TAR_BLOCK:
-        raise ValueError(f"{path}: truncated: no end of the archive follows {member.name}")
-    xxh3 = np.uint64(sample_checksum(data[start : start + size]))
-    return start, size, int(xxh3.view(np.int64))
-
-
-def describe_shard(tar: Path, fields: list[str], offsets: np.ndarray) -> dict[str, Any]:
+def describe_shard(tar: Path, offsets: Path, fields: list[str], count: int) -> dict[str, Any]:
     """Return the record of a finished shard.
 
     It has the shard's size, its identity (sha256) and what is verified on reading (xxh3).
     """
     return {
-        "count": len(offsets),
+        "count": count,
         "bytes": tar.stat().st_size,
         "fields": fields,
         "sha256": file_digest(tar),
         "xxh3": file_checksum(tar),
-        "offsets": file_checksum(tar.with_suffix(".npy")),
+        "offsets": file_checksum(offsets),
     }
 
 
@@ -125,13 +105,21 @@ class ShardWriter:
         provenance: plain values that identify the origin of the samples.
         count: number of indices in the set.
         shard: indices in one shard.
+        derived: entries of the plan that follow from the content of the inputs. An unfinished set
+            that differs in nothing else is begun anew: its inputs were mended.
 
     Raises:
         ValueError: the set or a shard would be empty, or the folder was begun with another plan.
     """
 
     def __init__(
-        self, folder: str | Path, kind: str, provenance: dict[str, Any], count: int, shard: int
+        self,
+        folder: str | Path,
+        kind: str,
+        provenance: dict[str, Any],
+        count: int,
+        shard: int,
+        derived: Collection[str] = (),
     ):
         if count < 1 or shard < 1:
             raise ValueError(
@@ -143,16 +131,57 @@ class ShardWriter:
         self.shard = shard
         self.plan = {"format": FORMAT, "kind": kind, "count": count, "shard": shard, **provenance}
         self.stamp = digest(canonical(self.plan))
+        self.derived = derived
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        """Check that the folder holds this set, or no file that the set would overwrite."""
+        for folder in (self.folder, *self.folder.parents):
+            if folder.is_file():
+                raise NotADirectoryError(f"{folder}: is a file; choose another folder")
         path = self.folder / "plan.json"
         if path.exists():
             self._check_same_plan(read_json(path))
-        else:
-            write_json(path, self.plan)
+            return
+        record = read_record(self._path(0, "json"))
+        if record and record.get("stamp") == self.stamp:
+            return  # only its plan was lost
+        for path in sorted(self.folder.glob("*")):
+            if SET_FILES.fullmatch(path.name):
+                raise ValueError(
+                    f"{path}: could be overwritten, but belongs to no set that this command "
+                    "began; choose another folder"
+                )
+
+    def _write_plan(self) -> None:
+        """Write the plan, before the first shard gets its name.
+
+        A command that is refused until then leaves nothing that binds the next one.
+        """
+        path = self.folder / "plan.json"
+        if path.exists():  # another process began the set meanwhile, or an earlier command
+            begun = read_json(path)
+            if begun == self.plan:
+                return
+            self._check_same_plan(begun)
+            self._remove_shards_beyond()
+        write_json(path, self.plan)
+
+    def _remove_shards_beyond(self) -> None:
+        """Remove the shards of an unfinished set that this one does not have."""
+        for path in self.folder.glob("[0-9]*"):
+            if SET_FILES.fullmatch(path.name) and int(path.stem) >= len(self.numbers()):
+                path.unlink()
 
     def _check_same_plan(self, begun: dict[str, Any]) -> None:
-        """Check that the set in the folder was begun with this plan."""
-        # the format first: sets of other formats may differ in everything
-        for key in [*self.plan, *sorted(begun.keys() - self.plan.keys())]:
+        """Check that the set in the folder was begun with this plan, or may be begun anew."""
+        differing = {key for key in begun | self.plan if begun.get(key) != self.plan.get(key)}
+        is_finished = (self.folder / "manifest.json").exists()
+        if differing and not is_finished and differing.issubset(self.derived):
+            return
+        # the format first: sets of other formats may differ in everything; the inputs last
+        keys = [*self.plan, *sorted(begun.keys() - self.plan.keys())]
+        for key in sorted(keys, key=lambda key: key in self.derived):
             before = begun.get(key)
             now = self.plan.get(key)
             if before != now:
@@ -208,9 +237,13 @@ class ShardWriter:
         with atomic_file(tar) as file, TarWriter(file, encoder=False, mtime=0.0) as writer:
             for sample in samples:
                 writer.write(sample)
-        fields, offsets = index_tar(tar)
-        write_offsets(self._path(number, "npy"), offsets)
-        record = describe_shard(tar, fields, offsets)
+            self._write_plan()
+        contents = scan_complete_tar(tar)
+        spans = [spans for _, spans in contents.samples]
+        fields = sorted({field for sample in spans for field in sample})
+        offsets = self._path(number, "npy")
+        write_offsets(offsets, measure_offsets(tar, spans, fields))
+        record = describe_shard(tar, offsets, fields, len(spans))
         write_json(self._path(number, "json"), {**record, "stamp": self.stamp, **extra})
 
     def finish(self, **extra: Any) -> bool:

@@ -17,12 +17,14 @@ from matplotlib.figure import Figure
 
 from data.files import atomic_file, errors_named, write_json
 from deploy.report.summary import (
+    QUALITY_COLUMNS,
     column,
-    format_summary,
     models_by_steps,
+    quality_rows,
     read_stages,
     run_log,
     summarize,
+    summary_lines,
 )
 
 LISTED_PACKAGES = (
@@ -150,7 +152,9 @@ def report(run: Path) -> None:
     environment = jinja2.Environment(loader=loader, autoescape=True)
     page = environment.get_template("page.html.j2").render(
         run=run.name,
-        table=format_summary(summary),
+        columns=QUALITY_COLUMNS,
+        rows=quality_rows(summary),
+        notes=summary_lines(summary),
         overview=embed(overview),
         quality=plot_quality(summary),
         losses=plot_losses(logs) if logs else None,

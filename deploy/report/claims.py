@@ -28,6 +28,7 @@ from deploy.report.seeds import (
     replace_part,
 )
 from deploy.report.summary import STEPS_SCHEMA, column, read_checked, run_log
+from deploy.yaml_files import read_yaml
 from trainer.toy import benchmark
 
 # Keys of a claim: those that it must have, and those that it may have.
@@ -505,8 +506,7 @@ def report_claims(run: Path, claims: Path, out: Path) -> None:
         out: the Markdown file. The figures are written beside it as .json and as a plot, .png.
     """
     # collect the results
-    with errors_named(claims):
-        content = yaml.safe_load(claims.read_text())
+    content = read_yaml(claims)
     by_name = check_claims(content, str(claims))
     results = gather(run, by_name)
 

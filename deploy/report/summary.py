@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from data.files import errors_named, read_json
+from data.files import errors_named, files_by_step, read_json
 from data.schema import COUNT, NAME, NUMBER, SHA256, check_schema
 from deploy.targets import PIPELINE_RECORD, compare_with_targets, read_targets
 from trainer.run_log import read_log
@@ -24,6 +24,8 @@ MEASUREMENT_SCHEMA = {
     "settings": {"samples": COUNT, "seed": int},
 }
 EXPORT_SCHEMA = {"max_abs_diff": float, "gaps": {NUMBER: {"native_grid": float}}}
+QUALITY_COLUMNS = ("model", "steps", "NFE", "FD", "accuracy", "recall", "precision")
+COLUMN_WIDTHS = (6, 6, 10, 10, 9, 11)  # of the printed table, after the model
 STAGE_SCHEMA = {"words": [str], "seconds": float}
 
 
@@ -146,10 +148,11 @@ def run_log(run: Path) -> list[dict[str, Any]]:
         ValueError: the log ends before the newest checkpoint, so that lines were lost.
     """
     log = [values for _, values in read_log(run / "metrics.jsonl")]
-    newest = max((run / "checkpoints").glob("step=*.ckpt"), default=None)
+    checkpoints = files_by_step(run / "checkpoints", ".ckpt")
     config_path = run / "config.yaml"
-    if not (newest and config_path.exists()):
+    if not (checkpoints and config_path.exists()):
         return log
+    newest = checkpoints[-1]
 
     # compare its last step with the newest checkpoint's
     with errors_named(config_path):
@@ -204,18 +207,30 @@ def join_values(values: dict[str, float], pattern: str) -> str:
     return ", ".join(f"{name} {value:{pattern}}" for name, value in values.items())
 
 
+def quality_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """Return the table of quality against steps: a row for each model and number of steps."""
+    rows = []
+    for name, by_steps in models_by_steps(summary).items():
+        for steps, figures in by_steps.items():
+            row = [name, str(steps), str(figures["nfe"])]
+            for measure in ("fd", "accuracy", "recall", "precision"):
+                row.append(f"{figures[measure]:.4f}" if measure in figures else "-")
+            rows.append(row)
+    return rows
+
+
 def format_summary(summary: dict[str, Any]) -> str:
     """Return the summary as text: the table of quality against steps, and lines below it."""
-    # the table
-    header = f"{'model':10}{'steps':>6}{'NFE':>6}{'FD':>10}{'accuracy':>10}{'recall':>9}"
-    lines = [f"{header}{'precision':>11}"]
-    for name, by_steps in models_by_steps(summary).items():
-        for steps, row in by_steps.items():
-            accuracy = f"{row['accuracy']:.4f}" if "accuracy" in row else "-"
-            lines.append(
-                f"{name:10}{steps:>6}{row['nfe']:>6}{row['fd']:>10.4f}{accuracy:>10}"
-                f"{row['recall']:>9.4f}{row['precision']:>11.4f}"
-            )
+    lines = []
+    for name, *figures in [QUALITY_COLUMNS, *quality_rows(summary)]:
+        cells = [f"{cell:>{width}}" for cell, width in zip(figures, COLUMN_WIDTHS)]
+        lines.append(f"{name:10}{''.join(cells)}")
+    return "\n".join(lines + summary_lines(summary))
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """Return what is below the table: measurement, trajectories, costs, targets, the export."""
+    lines = []
 
     # how it was measured
     measured = summary.get("measured", {})
@@ -258,4 +273,4 @@ def format_summary(summary: dict[str, Any]) -> str:
             "export: its scheduler's grid starts at sigma .999; images on rectify's uniform grid "
             f"differ by at most {worst:.1e}"
         )
-    return "\n".join(lines)
+    return lines

@@ -35,6 +35,7 @@ class Architecture(ABC):
     reads_guidance = False  # whether it takes a guidance scale
     needs_class = False  # whether it has no label for "no class"
     may_output_variance = False  # after the mean; it is ignored
+    patch = 0  # height and width of a token, where diffusers shifts times by their number
     text_channels = 0
     pooled_channels = 0  # of the last token that embed the whole text; 0: no such token
 
@@ -207,6 +208,7 @@ class SD3Transformer(Architecture):
     def configure(self, config: dict[str, Any], side: int) -> None:
         self.text_channels = config["joint_attention_dim"]
         self.pooled_channels = config["pooled_projection_dim"]
+        self.patch = config["patch_size"]
 
     def __call__(
         self, x_t: Tensor, time: Tensor, condition: Tensor | None, guidance: Tensor | None
@@ -230,6 +232,7 @@ class FluxTransformer(Architecture):
         self.text_channels = config["joint_attention_dim"]
         self.pooled_channels = config["pooled_projection_dim"]
         self.reads_guidance = config["guidance_embeds"]
+        self.patch = 2
         self.channels = config["in_channels"] // 4
         self.size = side
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.diffusers.architectures import ARCHITECTURES, TEXT_ARCHITECTURES
+from models.diffusers.parts import load_part, update_config
 from models.nets import Net
 from models.time_input import ScaledTime
 
@@ -38,7 +39,7 @@ class Pretrained(Net):
         folder = None if config.lstrip().startswith("{") else Path(config)
         source = folder or "Pretrained"
         # the config, without diffusers' private entries
-        parsed = _parse_config(config, folder)
+        parsed = update_config(_parse_config(config, folder))
         kind = parsed.get("_class_name")
         if not isinstance(kind, str) or kind not in ARCHITECTURES:
             raise ValueError(
@@ -77,6 +78,13 @@ class Pretrained(Net):
 
     def list_blocks(self) -> list[nn.Module]:
         return self.architecture.blocks()
+
+    def null_condition(self, cond: Tensor) -> Tensor | None:
+        if self.tokens and cond.shape[1:] == self.empty_text.shape:
+            return self.empty_text.to(cond).expand_as(cond)
+        if self.classes and not self.needs_class:
+            return torch.full_like(cond, self.classes)
+        return None
 
     def train(self, mode: bool = True) -> "Pretrained":
         """Keep diffusers' own dropout off.
@@ -152,13 +160,13 @@ def _make_network(kind: str, folder: Path | None, config: dict[str, Any]) -> nn.
     import diffusers
 
     cls = getattr(diffusers, kind)
+    if folder:
+        return load_part(cls, folder)
     try:
-        if folder:
-            return cls.from_pretrained(folder, use_safetensors=True).float()
         return cls.from_config(config)
-    except Exception as error:  # diffusers, safetensors and torch raise different kinds
+    except Exception as error:  # diffusers and torch raise different kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{folder or kind}: not a readable {kind} ({reason})") from error
+        raise ValueError(f"{kind}: not a readable {kind} ({reason})") from error
 
 
 def _accept_plain_weights(net: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -3,6 +3,8 @@
 import inspect
 import json
 import logging
+import re
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property, lru_cache
@@ -14,14 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.files import digest
+from data.files import canonical, digest
 from models.condition import Condition
+from models.diffusers.parts import check_class, load_part, part_digest, rename_variant
 
+log = logging.getLogger(__name__)
 ENCODER_PARTS = ("tokenizer", "text_encoder")  # how the names of a pipeline's encoders begin
 INDEX = "model_index.json"
+# Parts that check finished images: training ignores them, and keeps them for exports.
+CHECKERS = {
+    "feature_extractor": "transformers",
+    "safety_checker": "stable_diffusion",
+}
 # Without a vocabulary a tokenizer would silently drop every word.
 VOCABULARIES = ("vocab.json", "tokenizer.json", "spiece.model")
+# Weights that are read, and those that are not.
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+OTHER_WEIGHTS = (".bin", ".bin.index.json", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pt")
 TEXT_CHUNK = 64  # texts that are encoded at once
+SPECIAL_TOKENS = 3  # at most, which tokenizers add to a text
 
 
 class EncodedTexts(NamedTuple):
@@ -108,6 +121,11 @@ class TextEncoderParts(NamedTuple):
     pipeline: str  # its class, "" if it has no texts
     parts: list[str]  # names of its tokenizers and encoders
 
+    @property
+    def encoders(self) -> list[str]:
+        """Names of its encoders."""
+        return [name for name in self.parts if name.startswith("text_encoder")]
+
 
 def find_text_encoders(folder: Path) -> TextEncoderParts:
     """Return the text encoders that a pipeline's index lists.
@@ -131,6 +149,83 @@ def find_text_encoders(folder: Path) -> TextEncoderParts:
     return TextEncoderParts("", [])
 
 
+def find_limits(pipe: Any) -> dict[str, int]:
+    """Return the number of tokens that each tokenizer of a pipeline keeps of a text, by name.
+
+    T5's is the pipeline's `max_sequence_length`, those of CLIP are their own.
+    """
+    parameters = inspect.signature(type(pipe).encode_prompt).parameters
+    limits = {}
+    for name, part in pipe.components.items():
+        if not name.startswith("tokenizer") or part is None:
+            continue
+        limits[name] = part.model_max_length
+        if type(part).__name__.startswith("T5") and "max_sequence_length" in parameters:
+            limits[name] = parameters["max_sequence_length"].default
+    return limits
+
+
+def find_checkers(folder: Path) -> list[str]:
+    """Return the parts of a pipeline that check finished images, and are complete."""
+    index = json.loads((folder / INDEX).read_bytes())
+    found: list[str] = []
+    for name, library in CHECKERS.items():
+        listed = index.get(name) or [None, None]
+        is_complete = listed[0] == library and (folder / name).is_dir()
+        if name == "safety_checker":  # it reads what the feature extractor makes
+            is_complete &= "feature_extractor" in found
+            is_complete = is_complete and any((folder / name).glob("model*.safetensors"))
+        if is_complete:
+            found.append(name)
+    return found
+
+
+def copy_untrained(source: Path, folder: Path) -> dict[str, list[str]]:
+    """Copy byte for byte what training leaves of a pipeline: tokenizers, text encoders, checkers.
+
+    Rewritten by one version of transformers, they could not be read by others. Weights that are not
+    read are left out: those in other formats, and variants beside the plain ones. A variant that is
+    alone gets the plain name, under which it is loaded without further options.
+
+    Args:
+        source: the pipeline's folder.
+        folder: where to write the parts.
+
+    Returns:
+        Library and class of each part, as the pipeline's index lists them.
+    """
+    index = json.loads((source / INDEX).read_bytes())
+    checkers = find_checkers(source)
+    for name in CHECKERS:
+        if (index.get(name) or [None, None])[1] and name not in checkers:
+            log.warning(
+                "%s: its %s is left out: it is no complete %s part, with safetensors",
+                source,
+                name,
+                CHECKERS[name],
+            )
+    copied = {}
+    for name in [*find_text_encoders(source).parts, *checkers]:
+        copy = shutil.copyfile  # without permissions: a read-only part could not be replaced
+        shutil.copytree(source / name, folder / name, ignore=_unread_files, copy_function=copy)
+        rename_variant(folder / name)
+        (folder / name).chmod(0o755)
+        copied[name] = index[name]
+    return copied
+
+
+def _unread_files(_: str, names: list[str]) -> set[str]:
+    """Return the files of a part's folder that are not read."""
+    has_plain_weights = any(WEIGHTS.fullmatch(name) for name in names)
+    unread = set()
+    for name in names:
+        is_variant = ".safetensors" in name and not WEIGHTS.fullmatch(name)
+        is_other = name.endswith(OTHER_WEIGHTS) or name.startswith(".")
+        if is_other or (is_variant and has_plain_weights):
+            unread.add(name)
+    return unread
+
+
 def _check_parts(folder: Path, found: TextEncoderParts) -> None:
     """Check that a pipeline's text encoders are complete."""
     if not found.pipeline:
@@ -139,8 +234,10 @@ def _check_parts(folder: Path, found: TextEncoderParts) -> None:
         )
     if found.pipeline == "StableDiffusion3Pipeline" and "text_encoder_3" not in found.parts:
         raise ValueError(f"{folder}: no text_encoder_3 in it; use a folder that has it")
+    listed = json.loads((folder / INDEX).read_bytes())
     for name in found.parts:
         part = folder / name
+        check_class(part, str(listed[name][1]))
         if not part.is_dir():  # diffusers would look for it on the internet
             raise ValueError(f"{folder}: no {name} in it; use a complete pipeline's folder")
         vocabularies = [file for file in VOCABULARIES if (part / file).is_file()]
@@ -165,12 +262,13 @@ def _check_sentencepiece(folder: Path) -> None:
 
 
 @lru_cache(maxsize=2)
-def _load_encoders(folder: Path, changed: int) -> Any:
-    """Return a pipeline with its text encoders alone, in float32.
+def _load_encoders(folder: Path, changed: str, dtype: torch.dtype) -> Any:
+    """Return a pipeline with its text encoders alone.
 
     Args:
         folder: the pipeline's.
-        changed: time of change of its index, part of the cache's key.
+        changed: digest of its files' times, part of the cache's key.
+        dtype: of the encoders' weights.
     """
     import diffusers
 
@@ -188,11 +286,11 @@ def _load_encoders(folder: Path, changed: int) -> Any:
         absent["requires_safety_checker"] = False
     for library in ("transformers", "diffusers.pipelines"):  # they warn of every truncated text
         logging.getLogger(library).setLevel(logging.ERROR)
+    # the encoders are complete, or refused; the pipeline adds their tokenizers
+    encoders = {name: _load_encoder(folder, name).to(dtype) for name in found.encoders}
     try:
         with torch.inference_mode(False):  # the first caller may be in inference mode
-            return cls.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, **absent
-            )
+            return cls.from_pretrained(folder, local_files_only=True, **absent, **encoders)
     except MemoryError:
         raise
     except Exception as error:  # diffusers, transformers and safetensors raise different kinds
@@ -200,6 +298,29 @@ def _load_encoders(folder: Path, changed: int) -> Any:
         raise ValueError(
             f"{folder}: its {', '.join(found.parts)} are not readable ({reason})"
         ) from error
+
+
+def _load_encoder(folder: Path, name: str) -> torch.nn.Module:
+    """Return one text encoder of a pipeline, in float32."""
+    import transformers
+
+    library, kind = json.loads((folder / INDEX).read_bytes())[name]
+    if library != "transformers" or not hasattr(transformers, kind):
+        raise ValueError(
+            f"{folder / INDEX}: {name} is a {library}.{kind}; it must be a class of transformers"
+        )
+    return load_part(getattr(transformers, kind), folder / name)
+
+
+@lru_cache(maxsize=4)
+def _digest_encoders(folder: Path, changed: str) -> dict[str, str]:
+    """Return the digests of a pipeline's tokenizers and text encoders, by name.
+
+    Args:
+        folder: the pipeline's.
+        changed: digest of its files' times, part of the cache's key.
+    """
+    return {name: part_digest(folder / name) for name in find_text_encoders(folder).parts}
 
 
 class Prompts(Condition):
@@ -222,6 +343,8 @@ class Prompts(Condition):
         self.encoder = encoder
         self.path = path
         self.dropout = dropout
+        self.is_checked = False  # whether long prompts were reported
+        self.encoder_dtype = torch.float32  # of the encoders' weights; results are float32
 
     def with_file(self, path: Path) -> "Prompts":
         """Return the condition for another file's prompts."""
@@ -251,7 +374,7 @@ class Prompts(Condition):
 
     @property
     def pipe(self) -> Any:
-        """The pipeline with its text encoders alone, in float32, shared by all with this folder."""
+        """The pipeline with its text encoders alone, shared by all with this folder."""
         try:
             import transformers
         except ImportError:
@@ -259,17 +382,41 @@ class Prompts(Condition):
                 "Prompts: texts need transformers; pip install 'rectify[text]'"
             ) from None
         transformers.utils.logging.disable_progress_bar()
-        try:
-            changed = (Path(self.encoder) / INDEX).stat().st_mtime_ns
-        except OSError as error:
-            raise ValueError(
-                f"{self.encoder}: no {INDEX} in it ({error.strerror}); use a pipeline's folder"
-            ) from None
-        return _load_encoders(Path(self.encoder).resolve(), changed)
+        folder = Path(self.encoder).resolve()
+        return _load_encoders(folder, self._changed, self.encoder_dtype)
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Digests of the tokenizers and text encoders by name, which a pair set records."""
+        return _digest_encoders(Path(self.encoder).resolve(), self._changed)
+
+    @property
+    def _changed(self) -> str:
+        """Digest of names, sizes and times of the pipeline's index, tokenizers and encoders."""
+        folder = Path(self.encoder)
+        if not (folder / INDEX).is_file():
+            raise ValueError(f"{folder}: no {INDEX} in it; use a pipeline's folder")
+        files = [folder / INDEX]
+        for name in find_text_encoders(folder).parts:
+            files += sorted((folder / name).glob("*"))
+        found = []
+        for file in files:
+            status = file.stat()
+            found.append([str(file), status.st_size, status.st_mtime_ns])
+        return digest(canonical(found))
 
     def save(self, folder: Path) -> None:
-        """Write the text encoders into a folder, which can be another's `encoder`."""
-        self.pipe.save_pretrained(folder)
+        """Copy the text encoders into a folder, which can be another's `encoder`."""
+        source = Path(self.encoder)
+        copied = copy_untrained(source, folder)
+
+        # An index of these alone.
+        index = json.loads((source / INDEX).read_bytes())
+        index.pop("_name_or_path", None)
+        for name, part in index.items():
+            if isinstance(part, list) and name not in copied:
+                index[name] = [None, None]
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     @property
     def zero_if_empty(self) -> bool:
@@ -281,7 +428,7 @@ class Prompts(Condition):
         parts = []
         for start in range(0, len(texts), TEXT_CHUNK):
             encoded = self._encode_chunk(texts[start : start + TEXT_CHUNK], device)
-            parts.append(encoded.as_tensor())
+            parts.append(encoded.as_tensor().float())
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -301,6 +448,55 @@ class Prompts(Condition):
                 f"{self.encoder}: its text encoders do not fit its tokenizers, or the texts "
                 f"({reason})"
             ) from error
+
+    def _warn_of_long_lines(self) -> None:
+        """Warn once of prompts of which a tokenizer drops the end."""
+        if self.is_checked:
+            return
+        self.is_checked = True
+        for name, limit in find_limits(self.pipe).items():
+            cut = self._find_long(name, limit, self.lines)
+            if cut:
+                first = cut[0]
+                log.warning(
+                    "%s: %d of %d prompts are longer than the %d tokens of %s, which drops the "
+                    "rest; the first is line %d: %.60s",
+                    self.path,
+                    len(cut),
+                    len(self.lines),
+                    limit,
+                    name,
+                    first + 1,
+                    self.lines[first],
+                )
+
+    def _find_long(self, tokenizer: str, limit: int, texts: list[str]) -> list[int]:
+        """Return which texts have more tokens than a limit."""
+        tokenize = self.pipe.components[tokenizer]
+        found = []
+        for number, text in enumerate(texts):
+            # a token is at least a byte, or the gap before a word
+            if len(text.encode()) + text.count(" ") + SPECIAL_TOKENS <= limit:
+                continue
+            if len(tokenize(text, truncation=False)["input_ids"]) > limit:
+                found.append(number)
+        return found
+
+    def encode_negative(self, text: str) -> Tensor:
+        """Return an encoded negative prompt, (tokens, channels), on the CPU.
+
+        An empty one is encoded too, as diffusers does with a negative prompt that is given.
+
+        Raises:
+            ValueError: a tokenizer would drop its end.
+        """
+        for name, limit in find_limits(self.pipe).items():
+            if self._find_long(name, limit, [text]):
+                raise ValueError(
+                    f"negative_prompt: it is longer than the {limit} tokens of {name}: "
+                    f"{text:.60}; shorten it"
+                )
+        return self.encode([text], torch.device("cpu"))[0]
 
     @cached_property
     def _empty(self) -> EncodedTexts:
@@ -336,6 +532,7 @@ class Prompts(Condition):
             raise ValueError(
                 f"{self.path}: it has {len(self.lines)} lines, the data needs line {largest + 1}"
             )
+        self._warn_of_long_lines()
         texts = ["" if number < 0 else self.lines[number] for number in numbers.tolist()]
         encoded = self.encode(texts, raw.device)
         if self.zero_if_empty:

@@ -27,6 +27,10 @@ class Net(nn.Module, ABC):
         """Return the blocks: the units that are sharded, compiled and recomputed."""
         return []
 
+    def null_condition(self, cond: Tensor) -> Tensor | None:
+        """Return conditions of the shape of `cond` that mean none; None if there are no such."""
+        return None
+
     @abstractmethod
     def forward(self, x_t: Tensor, time: Tensor, cond: Tensor | None = None) -> Tensor:
         """Return the output y, shape (B, C, H, W) like x_t.
@@ -60,6 +64,14 @@ class WithGuidance(Protocol):
     """A network that may take a guidance scale."""
 
     guidance_embedded: bool
+
+
+@runtime_checkable
+class WithNullCondition(Protocol):
+    """A network, or a denoiser, that can say "no condition" by a condition."""
+
+    def null_condition(self, cond: Tensor) -> Tensor | None:
+        """Return conditions of the shape of `cond` that mean none; None if there are no such."""
 
 
 @runtime_checkable

@@ -147,6 +147,9 @@ class DiT(Net):
     def list_blocks(self) -> list[nn.Module]:
         return list(self.blocks)
 
+    def null_condition(self, cond: Tensor) -> Tensor:
+        return torch.full_like(cond, self.classes)
+
     def forward(
         self,
         x_t: Tensor,

@@ -60,4 +60,6 @@ class MLP(Net):
         features = [state, angles.cos()]
         for frequency in STATE_FREQUENCIES:
             features += [torch.sin(frequency * state), torch.cos(frequency * state)]
-        return self.out(self.layers(torch.cat(features, 1))).view(x_t.shape)
+        # sines and cosines of the time are float32, also where the weights have 16 bits
+        joined = torch.cat(features, 1).to(self.out.weight.dtype)
+        return self.out(self.layers(joined)).view(x_t.shape)

@@ -52,6 +52,9 @@ class UnitVariance(Net):
     def list_blocks(self) -> list[nn.Module]:
         return self.net.list_blocks()
 
+    def null_condition(self, cond: Tensor) -> Tensor | None:
+        return self.net.null_condition(cond)
+
     def forward(self, x_t: Tensor, time: Tensor, cond: Tensor | None = None) -> Tensor:
         alpha, sigma = self.interpolant(time)
         a, b = self.prediction.coefficients(self.interpolant, time)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from models.denoiser import DenoiserLike, cost, is_two_time
+from models.denoiser import DenoiserLike, cost, first_level, is_two_time
 from models.interpolant import Interpolant, Linear, expand
 from models.prediction import Velocity
 
@@ -130,24 +130,30 @@ class Sampler(ABC):
                 which stochastic samplers need not support.
         """
 
+    def grid(self, interpolant: Interpolant) -> list[float]:
+        """Return the times of the states on an interpolant, falling: `times`."""
+        return self.times
+
     def final_step(self, trajectory: Trajectory, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return the state at s = 0: one DDIM step.
 
         No network is evaluated at t = 0, where predictions are singular. Where sigma(0) is not zero
         (VarianceExploding .01, EDMPath .002, Linear's sigma_min) that much noise remains, as in
-        flow matching (arXiv 2210.02747). Score SDE and EDM remove it by one more evaluation: the
-        denoiser's x_hat at t = 0.
+        flow matching (arXiv 2210.02747). Score SDE and EDM remove it by one more evaluation, the
+        denoiser's x_hat at t = 0, as EDMHeun does.
         """
         return trajectory.ddim(x_t, t, s)
 
     def first_inverse_step(self, trajectory: Trajectory, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return the state at s of data x at t = 0: `final_step` backwards.
 
-        The noise is the denoiser's estimate for the clean data at s.
+        The noise is the denoiser's estimate for the clean data at s. Where sigma(0) is not zero, x
+        holds sigma(0) of it.
         """
         clean = trajectory.interpolant.mix(x, torch.zeros_like(x), s)
         _, eps_hat = trajectory(clean, s)
-        return trajectory.interpolant.mix(x, eps_hat, s)
+        _, sigma = trajectory.interpolant(t)
+        return trajectory.interpolant.mix(x - expand(sigma, x) * eps_hat, eps_hat, s)
 
     def integrate(
         self,
@@ -172,18 +178,20 @@ class Sampler(ABC):
                 f"{type(self).__name__}: noise is None; "
                 "pass a torch.Generator or a function of the step"
             )
-        states = self._take_steps(self.times, Trajectory(denoiser, cond, noise), x_t)
-        self._check_finite(states, self.times)
+        times = self.grid(denoiser.interpolant)
+        states = self._take_steps(times, Trajectory(denoiser, cond, noise), x_t)
+        self._check_finite(states, times)
         return states
 
     def _take_steps(self, times: list[float], trajectory: Trajectory, x_t: Tensor) -> list[Tensor]:
         states = [x_t]
         grid = x_t.new_tensor(times, dtype=torch.promote_types(x_t.dtype, torch.float32))
+        last = len(times) - 2
         for i, (t, s) in enumerate(zip(grid[:-1], grid[1:])):
             step: Callable[..., Tensor] = self.step
-            if times[i] == 0:
+            if i == 0 and times[0] == 0:
                 step = self.first_inverse_step
-            elif times[i + 1] == 0:
+            elif i == last and times[-1] == 0:
                 step = self.final_step
             trajectory.index = i
             states.append(step(trajectory, states[-1], t.expand(len(x_t)), s.expand(len(x_t))))
@@ -225,7 +233,7 @@ class Sampler(ABC):
             raise ValueError(
                 f"{type(self).__name__}: a stochastic sampler has no inverse; use DDIM with eta 0"
             )
-        times = self.times[::-1]
+        times = self.grid(denoiser.interpolant)[::-1]
         states = self._take_steps(times, Trajectory(denoiser, cond), x)
         self._check_finite(states, times)
         end = states[-1]
@@ -248,12 +256,14 @@ class Sampler(ABC):
         """Return the network evaluations per sample; guidance doubles them where it acts.
 
         Args:
-            denoiser: whose evaluations are counted; by default one without guidance.
+            denoiser: whose evaluations are counted; by default one on Linear without guidance.
             inverse: of `invert`, which makes its evaluations at other times.
         """
         blank = torch.zeros(1, 1, 1, 1)
-        trajectory = Trajectory(_CountedDenoiser(denoiser), noise=lambda step: blank)
-        self._take_steps(self.times[::-1] if inverse else self.times, trajectory, blank)
+        counted = _CountedDenoiser(denoiser)
+        trajectory = Trajectory(counted, noise=lambda step: blank)
+        times = self.grid(counted.interpolant)
+        self._take_steps(times[::-1] if inverse else times, trajectory, blank)
         return trajectory.nfe
 
 
@@ -262,7 +272,8 @@ class _CountedDenoiser:
 
     def __init__(self, denoiser: DenoiserLike | None):
         self.denoiser = denoiser
-        self.interpolant = Linear()
+        self.interpolant = denoiser.interpolant if denoiser else Linear()
+        self.first_level = first_level(denoiser) if denoiser else 0.0
 
     def evaluations(self, t: Tensor) -> int:
         """Return the other denoiser's network evaluations of one call at t, per sample."""

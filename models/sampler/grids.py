@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ def uniform(steps: int) -> list[float]:
 def trailing(steps: int, levels: int = 1000) -> list[float]:
     """Return times of whole levels i at t = (i + 1) / levels, spaced backwards from the last.
 
-    Lin et al. 2023 (arXiv 2305.08891), table 2.
+    Lin et al. 2023 (arXiv 2305.08891), table 2, with the rounding of diffusers' `trailing`.
 
     Args:
         steps: number of steps, at most `levels`.
@@ -30,7 +31,8 @@ def trailing(steps: int, levels: int = 1000) -> list[float]:
     _check_steps(steps)
     if steps > levels:
         raise ValueError(f"trailing: steps is {steps}; it must be at most levels, {levels}")
-    return [round(levels - i * levels / steps) / levels for i in range(steps)] + [0.0]
+    numbers = np.round(np.arange(levels, 0, -levels / steps))[:steps]
+    return [*(numbers / levels).tolist(), 0.0]
 
 
 def shifted(times: Sequence[float], shift: float) -> list[float]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from data.cache import Cache, parse_scheme
+from data.files import process_space
 from tests.data.remote import read_from_cache, served
 from tests.helpers.refusals import refused
 
@@ -127,7 +128,7 @@ def test_a_killed_download_leaves_no_torn_file(tmp_path, server):
     server.gate.set()
 
     # Leave the file that it would have left after its first bytes.
-    leftover = folder / f".x.part.{os.uname().nodename}-{process.pid}-00000000.tmp"
+    leftover = folder / f".x.part.{process_space()}-{process.pid}-7-00000000.tmp"
     leftover.write_bytes(b"torn")
     assert kept(tmp_path) == []
 

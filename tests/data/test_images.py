@@ -1,5 +1,6 @@
 """Packing: any folder of images, the digits, and folders with broken images."""
 
+import errno
 import json
 
 import numpy as np
@@ -8,7 +9,8 @@ from PIL import Image
 
 from data.digits import digits
 from data.images import Images
-from data.pack import pack
+from data.noise import permutation
+from data.pack import HOLDOUT_SEED, pack, split_images
 from tests.data.remote import replace_ghostscript
 from tests.helpers.refusals import refused
 
@@ -143,3 +145,84 @@ def test_postscript_named_like_a_photo_is_never_run(tmp_path, monkeypatch):
     (folder / "cat/evil.jpg").write_text(postscript)
     pack(tmp_path / "set", folder, size=16)
     assert not (tmp_path / "ran").exists()
+
+
+def test_all_unreadable_images_are_named_with_the_way_out(tmp_path, capsys):
+    folder = write_photos(tmp_path / "photos", 50)
+    for i in (10, 12, 14):
+        (folder / "cat" / f"{i:03d}.png").write_bytes(b"no image")
+    with refused("cat/010.png", "cat/012.png", "cat/014.png", "--tolerance", kind=ValueError):
+        pack(tmp_path / "set", folder, size=8, holdout=0)
+    pack(tmp_path / "set", folder, size=8, holdout=0, tolerance=0.1)
+    assert len(Images(str(tmp_path / "set" / "train"))) == 47
+    assert "cat/014.png (not an image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), OSError(errno.EIO, "Input/output error"), PermissionError(13, "denied", "x")],
+)
+def test_a_fault_of_the_machine_is_no_unreadable_image(tmp_path, monkeypatch, error):
+    folder = write_photos(tmp_path / "photos", 150)
+    opened = Image.open
+
+    def fail(file, **options):
+        if str(file).endswith("010.png"):
+            raise error
+        return opened(file, **options)
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(type(error)) as raised:
+        pack(tmp_path / "set", folder, size=8)
+    assert "cat/010.png" in str(raised.value) or raised.value.filename in ("x", "cat/010.png")
+    monkeypatch.undo()
+    pack(tmp_path / "set", folder, size=8)
+    assert len(Images(str(tmp_path / "set" / "train"))) == 135
+
+
+def test_a_refused_command_binds_nothing(tmp_path):
+    folder = write_photos(tmp_path / "photos", 40, classes=None)
+    pixels = np.full((4, 4), 4000, dtype=np.uint16)
+    Image.fromarray(pixels).save(folder / "039.png")
+    with refused("039.png", "4000", "white", kind=ValueError):
+        pack(tmp_path / "set", folder, size=8, shard=10)
+    pack(tmp_path / "set", folder, size=8, shard=10, white=4095)
+    assert len(Images(str(tmp_path / "set" / "train"))) == 36
+
+
+@pytest.mark.parametrize(
+    "option", [{"size": 0}, {"size": -8}, {"shard": 0}, {"tolerance": 2}, {"holdout": 1}]
+)
+def test_an_impossible_option_is_named_before_anything_is_written(tmp_path, option):
+    folder = write_photos(tmp_path / "photos", 10)
+    (name, value), *_ = option.items()
+    with refused(name, value, kind=ValueError):
+        pack(tmp_path / "set", folder, **option)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_file_instead_of_the_sets_folder_is_named(tmp_path):
+    folder = write_photos(tmp_path / "photos", 10)
+    with refused(folder / "cat/000.png", "is a file", kind=NotADirectoryError):
+        pack(folder / "cat/000.png", folder)
+
+
+def test_the_split_of_the_digits_is_the_plain_random_one():
+    labels = [item.label for item in digits()]
+    heldout = sorted(permutation(1797, HOLDOUT_SEED)[:180].tolist())
+    assert split_images(labels, 0.1)["heldout"] == heldout
+    assert split_images([None] * 1797, 0.1)["heldout"] == heldout
+
+
+@pytest.mark.parametrize("holdout", [0.1, 0.3, 0.5, 0.9])
+def test_no_class_is_held_out_whole_or_for_more_than_its_part(holdout):
+    for seed in range(20):
+        sizes = np.random.default_rng(seed).integers(1, 8, 30)
+        labels = np.repeat(np.arange(30), sizes).tolist()
+        splits = split_images(labels, holdout)
+        assert sorted(splits["train"] + splits["heldout"]) == list(range(len(labels)))
+        lost = np.bincount([labels[i] for i in splits["heldout"]], minlength=30)
+        assert (lost < sizes).all()
+        assert (lost <= np.maximum(sizes // 2, np.rint(2 * holdout * sizes))).all()
+        if holdout <= 0.3:
+            assert len(splits["heldout"]) == round(holdout * len(labels))

@@ -57,6 +57,27 @@ def test_only_pairs_bring_their_noise():
     assert torch.equal(batch.condition, batch.x.abs().flatten().long())
 
 
+class Few(CountingSource):
+    """A source of samples with other properties."""
+
+    def __init__(self, **changes):
+        super().__init__(1)
+        self.changes = changes
+
+    def take(self, seed, position, count):
+        return replace(super().take(seed, position, count), **self.changes)
+
+
+UNLIKE = {"latents": {"latent": False}, "conditions": {"condition": None}}
+UNLIKE["(2, 2, 2)"] = {"x": torch.zeros(1, 2, 2, 2)}
+
+
+@pytest.mark.parametrize(("named", "change"), UNLIKE.items(), ids=UNLIKE)
+def test_sources_that_differ_are_refused_at_once(named, change):
+    with refused("Mixed", named, kind=ValueError):
+        Mixed([CountingSource(1), Few(**change)], [3, 1])
+
+
 @pytest.mark.parametrize(("sources", "shares"), [(1, [1, 2]), (2, [1, 0])])
 def test_every_source_needs_a_positive_share(sources, shares):
     with refused("Mixed", sources, shares, kind=ValueError):

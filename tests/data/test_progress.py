@@ -47,6 +47,16 @@ def test_a_log_gets_a_line_every_ten_seconds_and_one_at_the_end(clock, capsys):
     ]
 
 
+def test_a_line_has_the_last_note(clock, capsys):
+    """Work is counted in every step, its loss noted in some."""
+    with Meter("fit", 100, "steps") as meter:
+        meter.add(1, "loss 0.5")
+        clock.now += 10
+        meter.add(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.endswith("left loss 0.5") for line in lines)
+
+
 def test_earlier_work_does_not_count_for_the_rate(clock, capsys):
     count_slowly(clock, done=5000)
     last = capsys.readouterr().err.splitlines()[-1]

@@ -12,6 +12,7 @@ import torch
 import webdataset
 
 from data.files import read_json, write_json
+from data.latents import Latents
 from data.noise import noise
 from data.pairs import Pairs, PairSet, PairWriter
 from data.shards import Order, ShardReader, ShardWriter, array_to_npy, npy_to_array
@@ -177,6 +178,14 @@ def test_a_missing_folder_is_named(tmp_path):
 def test_a_folder_without_a_set_is_named_with_the_commands_that_make_one(tmp_path):
     with refused(tmp_path, "manifest.json", "rectify pack", kind=FileNotFoundError):
         ShardReader(tmp_path)
+
+
+def test_the_sets_of_a_folder_are_named(tmp_path):
+    write_set(tmp_path / "train")
+    with refused(tmp_path / "train", kind=FileNotFoundError):
+        ShardReader(tmp_path)
+    with refused(tmp_path / "train/plan.json", "is a file", kind=NotADirectoryError):
+        ShardReader(tmp_path / "train/plan.json")
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -371,3 +380,84 @@ def test_a_set_of_a_hundred_million_samples_opens_at_once(tmp_path):
     assert len(set(indices.tolist())) == 512
     assert seconds < 2
     assert memory < 100e6
+
+
+def test_a_set_does_not_overwrite_files_of_others(tmp_path):
+    (tmp_path / "000001.tar").write_bytes(b"mine")
+    with refused(tmp_path / "000001.tar", kind=ValueError):
+        ShardWriter(tmp_path, "latents", {}, 25, 10)
+    assert [path.name for path in tmp_path.iterdir()] == ["000001.tar"]
+
+
+def failing_samples():
+    yield {"__key__": "0", "npy": array_to_npy(np.zeros(3))}
+    raise ValueError("refused")
+
+
+def test_a_set_that_was_refused_in_its_first_shard_binds_nothing(tmp_path):
+    writer = ShardWriter(tmp_path, "latents", {"guidance": 1.0}, 25, 10)
+    with refused("refused", kind=ValueError):
+        writer.write(0, failing_samples())
+    assert not list(tmp_path.iterdir())
+    write_set(tmp_path, guidance=2.0)
+
+
+def test_an_unfinished_set_is_begun_anew_if_only_its_inputs_changed(tmp_path):
+    first = ShardWriter(tmp_path, "latents", {"images": "a"}, 25, 10, ("images", "count"))
+    for number in first.numbers():
+        first.write(number, [{"__key__": "0", "npy": array_to_npy(np.zeros(3))}])
+    with refused("size", kind=ValueError):
+        ShardWriter(tmp_path, "latents", {"images": "b", "size": 3}, 25, 10, ("images", "count"))
+    second = ShardWriter(tmp_path, "latents", {"images": "b"}, 15, 10, ("images", "count"))
+    assert second.missing() == [0, 1]
+    for number in second.missing():
+        second.write(number, [{"__key__": "0", "npy": array_to_npy(np.ones(3))}])
+    assert second.finish()
+    assert not (tmp_path / "000002.tar").exists()
+    assert ShardReader(tmp_path).arrays("npy", np.arange(2)).tolist() == [[1.0] * 3] * 2
+    with refused("images", kind=ValueError):  # it is finished now
+        ShardWriter(tmp_path, "latents", {"images": "c"}, 15, 10, ("images", "count"))
+
+
+def test_an_empty_first_shard_loses_no_classes(tmp_path):
+    writer = ShardWriter(tmp_path, "latents", {}, 20, 10)
+    latent = array_to_npy(np.zeros((1, 2, 2), np.float32))
+    writer.write(0, [])
+    writer.write(1, [{"__key__": "10", "npy": latent, "cls": b"4"}])
+    assert writer.finish()
+    assert Latents(str(tmp_path)).read(np.array([0])).condition.tolist() == [4]
+
+
+def test_a_set_of_which_one_shard_has_no_classes_is_refused(tmp_path):
+    writer = ShardWriter(tmp_path, "latents", {}, 2, 1)
+    latent = array_to_npy(np.zeros((1, 2, 2), np.float32))
+    writer.write(0, [{"__key__": "0", "npy": latent}])
+    writer.write(1, [{"__key__": "1", "npy": latent, "cls": b"4"}])
+    assert writer.finish()
+    with refused(tmp_path, "000000.tar", "000001.tar", ".cls", kind=ValueError):
+        Latents(str(tmp_path)).read(np.array([0]))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_latent_that_is_not_finite_is_named(tmp_path, value):
+    writer = ShardWriter(tmp_path, "latents", {}, 3, 2)
+    for number in writer.numbers():
+        samples = []
+        for i in writer.indices(number):
+            array = np.full((1, 2, 2), value if i == 2 else 0.5, np.float16)
+            samples.append({"__key__": f"cat{i}", "npy": array_to_npy(array)})
+        writer.write(number, samples)
+    assert writer.finish()
+    source = Latents(str(tmp_path))
+    assert source.read(np.array([0, 1])).x.isfinite().all()
+    with refused(tmp_path / "000001.tar", "cat2", kind=ValueError):
+        source.read(np.array([0, 2, 1]))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.complex64, np.uint16, ">f4"])
+def test_latents_that_are_no_floats_are_refused(tmp_path, dtype):
+    writer = ShardWriter(tmp_path, "latents", {}, 1, 1)
+    writer.write(0, [{"__key__": "0", "npy": array_to_npy(np.ones((1, 2, 2), dtype))}])
+    assert writer.finish()
+    with refused(tmp_path, np.dtype(dtype).str, kind=ValueError):
+        Latents(str(tmp_path)).read(np.array([0]))

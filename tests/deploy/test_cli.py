@@ -72,7 +72,8 @@ sys.exit(code)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not HEAVY_MODULES & set(done.stderr.split())
     for name in option_names(verb):
-        written = "CONFIG" if (verb, name) == ("run", "config") else f"--{name}"
+        is_positional = (verb, name) in (("run", "config"), ("spread", "command"))
+        written = name.upper() if is_positional else f"--{name}"
         assert f"  {written} " in done.stdout
 
 

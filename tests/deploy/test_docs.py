@@ -106,15 +106,14 @@ def run_documented(command: str, folder: Path) -> None:
 
     Commands of several processes are real processes, others run in this one: imports are done.
     """
-    program, *words = shlex.split(command)
-    is_torchrun = program == "torchrun"
-    verb, _ = split_verb(words[words.index("deploy") + 1 :] if is_torchrun else words)
+    _, *words = shlex.split(command)
+    is_spread = words[0] == "spread" and "--" in words
+    verb, _ = split_verb(words[words.index("--") + 1 :] if is_spread else words)
     if "--help" not in words:
         words += SHORT.get(verb, [])
-    if is_torchrun or "--trainer.devices" in words:
-        module = ["torch.distributed.run", "--standalone"] if is_torchrun else ["deploy"]
+    if is_spread or "--trainer.devices" in words:
         environment = Workspace(folder).environment()
-        process = [sys.executable, "-m", *module, *words]
+        process = [sys.executable, "-m", "deploy", *words]
         done = subprocess.run(process, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from data.files import read_json
+import deploy.export
+from data.files import canonical, digest, read_json
 from deploy.export import DIT_STEPS, export
 from models.checkpoint import load_checkpoint, newest_checkpoint, read_checkpoint
-from models.codec import KL, load_codec
+from models.codec import KL, load_codec, save_codec
 from models.condition import ClassLabel, Condition, Unconditional
 from models.denoiser import Denoiser
 from models.diffusers.scheduler import flow_scheduler, on_scheduler_grid
@@ -159,6 +160,50 @@ def test_more_classes_than_the_pipeline_has_are_refused(codec, tmp_path):
     run = small_run(tmp_path / "run", codec, ClassLabel(1200), classes=1200)
     with refused("classes", 1200, "DiTPipeline", 1000):
         export(run, tmp_path / "out")
+
+
+def test_an_export_is_kept_until_a_part_of_it_changes(codec, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(deploy.export, "DIT_STEPS", (1,))
+    caplog.set_level("INFO")
+    run = small_run(tmp_path / "a run", codec, ClassLabel(10))
+    out = tmp_path / "an export"
+    export(run, out, steps=1)
+    before = read_json(out / "export.json")
+    assert before["parts"] == {"vae": digest(canonical(codec.identity()))}
+    export(run, out, steps=1)
+    assert caplog.messages[-1] == f"{out} is finished"
+
+    # The same network with another scale of latents is another pipeline.
+    vae = load_codec(run).vae
+    vae.register_to_config(scaling_factor=0.5)
+    save_codec(vae, run / "codec")
+    export(run, out, steps=1)
+    assert [line for line in caplog.messages if f"{out}: not the recorded vae" in line]
+    after = read_json(out / "export.json")
+    assert after["parts"] != before["parts"]
+    assert after["denoiser"] == before["denoiser"]
+    assert json.loads((out / "vae/config.json").read_text())["scaling_factor"] == 0.5
+
+
+def test_no_steps_are_refused(labelled_run, tmp_path):
+    with refused("steps", 0):
+        export(labelled_run, tmp_path / "out", steps=0)
+
+
+def test_a_damaged_record_is_refused_until_its_folder_is_deleted(labelled_run, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "export.json").write_text("{")
+    with refused(out / "export.json", f"delete {out}"):
+        export(labelled_run, out, steps=1)
+
+
+def test_an_export_does_not_replace_what_it_is_made_of(written, tmp_path):
+    with refused(written, "--out"):
+        export(written, written)
+    (tmp_path / "file").write_text("mine")
+    with refused(tmp_path, "--out"):
+        export(written, tmp_path)
 
 
 def test_the_loaded_weights_are_the_averaged_ones(labelled_run):

@@ -138,6 +138,19 @@ def test_the_report_is_self_contained(demo):
     assert not re.search(r"(src|href)=\"(?!data:)", page)
 
 
+def test_the_report_has_a_table_of_quality(demo):
+    page = (demo / "report.html").read_text()
+    table = page.partition('<table class="figures">')[2].partition("</table>")[0]
+    rows = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in table.split("</tr>")]
+    summary = json.loads((demo / "summary.json").read_text())
+    assert rows[0] == ["model", "steps", "NFE", "FD", "accuracy", "recall", "precision"]
+    model, steps, _, fd, *_ = rows[1]
+    assert fd == f"{summary[model][steps]['fd']:.4f}"
+    assert len([row for row in rows[1:] if row]) == sum(
+        len(summary[name]) for name in summary["first_orderness"]
+    )
+
+
 def test_the_report_opens_in_a_browser(demo, tmp_path):
     page = demo / "report.html"
     shot = tmp_path / "shot.png"

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import (
+    DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -20,6 +22,7 @@ from torch import nn
 
 from data.files import read_json
 from data.pairs import PairSet
+from deploy.export import Origin, compare_images, read_licence, read_origin, write_pipeline
 from models.checkpoint import load_checkpoint
 from models.codec import Identity
 from models.condition import ClassLabel, Unconditional
@@ -197,6 +200,117 @@ def test_a_students_folder_records_its_gaps_at_the_recommended_steps_too(student
     assert record["max_abs_diff"] < 1e-4
 
 
+def sample_by_formula(out: Path, steps: int) -> torch.Tensor:
+    """Return what DDIM's formula gives on trailing timesteps (arXiv 2010.02502, eq. 12)."""
+    net = UNet2DModel.from_pretrained(out / "unet").eval()
+    alphas_cumprod = torch.tensor(Discrete.linear(beta_end=0.004).betas).neg().add(1).cumprod(0)
+    indices = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
+    x = torch.randn(3, 1, 16, 16, generator=torch.manual_seed(7))
+    for i, index in enumerate(indices):
+        with torch.no_grad():
+            noise = net(x, index).sample
+        now = alphas_cumprod[index]
+        later = alphas_cumprod[indices[i + 1]] if i + 1 < steps else torch.ones(())
+        x_hat = (x - (1 - now).sqrt() * noise) / now.sqrt()
+        x = later.sqrt() * x_hat + (1 - later).sqrt() * noise
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("steps", [3, 6, 7, 30])
+def test_the_exported_scheduler_makes_any_number_of_steps(student, steps):
+    _, out = student
+    pipe = DDPMPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.manual_seed(7)
+    images = pipe(3, generator, num_inference_steps=steps, output_type="np").images
+    theirs = torch.from_numpy(images).permute(0, 3, 1, 2)
+    torch.testing.assert_close(theirs, sample_by_formula(out, steps), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("steps", "named"), [(61, 62), (1001, 1000)])
+def test_numbers_of_steps_that_diffusers_does_not_make_are_refused(
+    student, tmp_path, capfd, steps, named
+):
+    words = ("export", "--run", student[0], "--out", tmp_path / "x", "--steps", steps)
+    assert_refused(capfd, words, "steps", steps, named)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["V_SCALED", "ZERO_SNR", "DATA_COSINE"])
+def test_chains_of_all_kinds_are_exported(tmp_path, name):
+    teacher = tmp_path / "teacher"
+    DDIMPipeline(small_unet(), globals()[name]).save_pretrained(teacher)
+    model = load_checkpoint(teacher)
+    write_pipeline(tmp_path / "out", model)
+    for gap in compare_images(tmp_path / "out", model, steps=7).values():
+        assert gap.same_grid < 1e-5
+
+    # The folder is a teacher again.
+    interpolant, prediction, _ = read_scheduler(tmp_path / "out/scheduler")
+    assert type(prediction) is type(model.denoiser.prediction)
+    t = torch.tensor([0.001, 0.5, 0.999, 1.0], dtype=torch.float64)
+    expected = torch.stack(model.denoiser.interpolant(t))
+    torch.testing.assert_close(torch.stack(interpolant(t)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_card_states_name_settings_and_what_is_unknown(student):
+    _, header, text = (student[1] / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(header) == {
+        "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
+    }
+    for part in ("# out\n", 'from_pretrained("out")', "num_inference_steps=5", "sgm_uniform"):
+        assert part in text, part
+    assert "licence" in text
+
+
+@pytest.mark.parametrize(
+    ("folder_name", "source", "base_model"),
+    [
+        ("teacher", "org/name", "org/name"),
+        ("models--org--name/snapshots/1a2b", "", "org/name"),
+        ("teacher", "/home/me/models/teacher", ""),
+    ],
+    ids=["named in the index", "in the cache of the hub", "a folder"],
+)
+def test_the_card_has_its_teachers_name_and_licence(tmp_path, folder_name, source, base_model):
+    # A run, and its teacher.
+    teacher = tmp_path / folder_name
+    teacher.mkdir(parents=True)
+    (teacher / "model_index.json").write_text(json.dumps({"_name_or_path": source}))
+    (teacher / "README.md").write_text("---\nlicense: openrail++\ntags: [a]\n---\n# Teacher\n")
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints/step=000000001.ckpt").touch()
+    denoiser = spec("models.diffusers.pipeline.pretrained", folder=str(teacher))
+    config = {"model": spec("Generator", denoiser=denoiser)}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+    found = read_origin(run)
+    assert found.base_model == base_model
+    assert found.licence == {"license": "openrail++"}
+    assert found.teacher == str(teacher)
+    shutil.rmtree(teacher)
+    assert read_origin(run) == Origin(str(teacher))
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        ("\ufeff---\r\nlicense: mit\r\n---\r\n", "mit"),
+        ("---\nlicense: [mit, gpl]\n---\n", ["mit", "gpl"]),
+        ("---\nlicense: null\n---\n", None),
+        ("---\nlicense: [mit\n---\n", None),
+        ("---\nlicense\n---\n", None),
+        ("license: mit", None),
+    ],
+    ids=["Windows", "two", "null", "not YAML", "no mapping", "no header"],
+)
+def test_a_licence_is_read_from_any_card(tmp_path, text, licence):
+    (tmp_path / "README.md").write_bytes(text.encode())
+    assert read_licence(tmp_path / "README.md").get("license") == licence
+
+
 def test_all_samples_are_stored(pairs):
     assert len(PairSet(pairs)) == 64
 
@@ -301,7 +415,7 @@ def test_an_adapted_network_loads_weights_without_adapters(base, adapted):
         (
             "unet/config.json",
             {"_class_name": "UNet3D"},
-            ("unet", "UNet3D", "Pretrained", "UNet2DModel", "DiTTransformer2DModel"),
+            ("unet", "UNet3D", "UNet2DModel"),
         ),
         ("unet/config.json", "[", ("unet", "config")),
         ("unet/diffusion_pytorch_model.safetensors", "torn", ("unet", "UNet2DModel")),

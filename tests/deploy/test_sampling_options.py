@@ -42,7 +42,7 @@ from models.sampler import (
     window_grid,
 )
 from models.windows import Piecewise
-from tests.examples import default_instances
+from tests.examples import default_instances, public_samplers
 from tests.helpers.commands import run_command, succeed
 from tests.helpers.refusals import assert_refused
 from tests.helpers.teachers import save_teacher, small_denoiser
@@ -378,7 +378,7 @@ def test_an_evaluation_applies_the_options_to_run_and_teacher(measured):
 
 
 def test_every_sampler_has_a_name():
-    names = {cls.__name__ for cls in Sampler.__subclasses__() if cls.__module__[:6] == "models"}
+    names = {cls.__name__ for cls in public_samplers()}
     assert set(get_args(AnySampler)) == names - {"DormandPrince"}  # whose steps are adaptive
     for name in get_args(DeterministicSampler):
         assert not getattr(samplers, name).is_stochastic
@@ -448,6 +448,8 @@ def test_a_weaker_run_in_other_latents_is_refused(runs, tmp_path, capfd):
     assert_refused(
         capfd, ("sample", "--run", runs / "teacher", *words), "autoguidance", run, "codec"
     )
+    words = ("--images", tmp_path, "--teacher", run, "--out", tmp_path / "evaluation")
+    assert_refused(capfd, ("evaluate", "--run", runs / "teacher", *words), "teacher", run, "codec")
 
 
 def test_the_options_have_the_same_names_in_every_verb(capsys):

@@ -98,13 +98,13 @@ def test_a_model_with_classes_draws_them_in_turn_as_the_sample_command_does(
     grid = ("--steps", "2", "--seed", "2", "--count", "40", "--columns", "10")
     succeed("sample", "--run", folder / "labelled", *grid, "--out", tmp_path / "images.png")
     found = pipeline / "evaluation/labelled/samples-2.png"
-    assert Image.open(found).size == (80, 32)
+    assert Image.open(found).size == (98, 38)
     assert found.read_bytes() == (tmp_path / "images.png").read_bytes()
 
 
 def test_a_model_without_classes_is_sampled_in_ten_columns(pipeline):
     found = pipeline / "evaluation/unconditional/samples-2.png"
-    assert Image.open(found).size == (80, 32)
+    assert Image.open(found).size == (98, 38)
 
 
 def test_the_report_reads_measures_without_classes(pipeline):
@@ -128,4 +128,4 @@ def test_with_classes_accuracy_is_the_classifiers_beside_an_extractor(folder, tm
     assert all(0 <= row["accuracy"] <= 1 for row in found["steps"].values())
     assert 0 <= found["classifier_accuracy_heldout"] <= 1
     assert found["features"]["extractor"] == "pooled.pt"
-    assert Image.open(tmp_path / "samples-1.png").size == (24, 32)
+    assert Image.open(tmp_path / "samples-1.png").size == (28, 38)

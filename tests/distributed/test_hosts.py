@@ -1,4 +1,4 @@
-"""Two hosts (two network namespaces) train together.
+"""Two hosts (two network namespaces) train together by `rectify spread`.
 
 When one is cut off, the other reports it and ends, and the same command resumes the run.
 """
@@ -11,14 +11,14 @@ import time
 
 import pytest
 
-from models.checkpoint import newest_checkpoint, read_checkpoint
+from models.checkpoint import newest_checkpoint
 from tests.distributed.processes import wait_until
 from tests.distributed.runs import equal, final_state, tiny_fit_words
-from tests.helpers.refusals import PREFIX
+from tests.helpers.refusals import refused_line
 
 HOSTS = ("rectify-a", "rectify-b")
 STALL = 6  # seconds
-DDP = ("--trainer.strategy", "ddp", "--watchdog.timeout", str(STALL))
+OPTIONS = ("--watchdog.timeout", str(STALL), "--trainer.logger", "false")
 
 
 def ip(*words):
@@ -60,48 +60,70 @@ def hosts(request):
             ip("netns", "del", name)
 
 
-def start_training(workspace, out, steps):
-    """Start torchrun on both hosts."""
-    rendezvous = ("--master-addr=10.77.0.1", "--master-port=29571")
-    torchrun = ("--nnodes=2", "--nproc-per-node=1", *rendezvous)
-    words = tiny_fit_words(out, steps, *DDP, "--trainer.devices", "1", "--trainer.num_nodes", "2")
+def start_training(workspace, out, steps, *more):
+    """Start `rectify spread` on both hosts; nobody gives the trainer's devices and nodes."""
+    address = ("--master_addr", "10.77.0.1", "--master_port", "29571")
+    words = tiny_fit_words(out, steps, *OPTIONS, *more)
     processes = []
     for rank, name in enumerate(HOSTS):
         before = ("ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=cable")
-        ranked = (*torchrun, f"--node-rank={rank}")
-        processes.append(workspace.start(*words, torchrun=ranked, before=before))
+        node = ("--processes", "1", "--nodes", "2", "--node_rank", str(rank), *address)
+        processes.append(workspace.start("spread", *node, "--", *words, before=before))
     return processes
+
+
+def newest_step(out):
+    """Return the step of a run's newest checkpoint."""
+    return int(newest_checkpoint(out).stem.removeprefix("step="))
+
+
+def wait_for_codes(processes, code):
+    """Wait for the ends of processes, which must have the same exit code; returns their errors."""
+    errors = []
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == code, err
+        errors.append(err)
+    return errors
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [1, 0], ids=["second", "first"])
-def test_losing_a_host_ends_the_run_and_the_same_command_resumes(workspace, hosts, tmp_path, lost):
+def test_exit_codes_of_two_hosts_and_the_loss_of_one(workspace, hosts, tmp_path, lost):
+    """A typo is 2 on both, a signal to one is 75, a lost host is 4; then the run goes on."""
     out = tmp_path / "run"
-    processes = start_training(workspace, out, 4000)
-    wait_until(processes[0], lambda: list((out / "checkpoints").glob("step=*")))
+    for err in wait_for_codes(start_training(workspace, out, 1500, "--data.bach", "9"), 2):
+        assert "bach" in refused_line(err)
+        assert err.count("\n") == 1
+    assert not out.exists()
+
+    # a signal to one host stops and saves both
+    processes = start_training(workspace, out, 1500)
+    wait_until(processes[0], lambda: (out / "metrics.jsonl").exists())
+    processes[1 - lost].send_signal(signal.SIGTERM)
+    errors = wait_for_codes(processes, 75)
+    assert "Traceback" not in "".join(errors)
+    step = newest_step(out)
 
     # cut one host off: the other reports it, and ends
+    processes = start_training(workspace, out, 1500)
+    wait_until(processes[0], lambda: newest_step(out) > step)
     ip("-n", HOSTS[lost], "link", "set", "cable", "down")
     began = time.monotonic()
-    remaining = processes[1 - lost]
-    line = next(line for line in remaining.stderr if line.startswith(PREFIX))
-    assert time.monotonic() - began < 3 * STALL
+    (err,) = wait_for_codes([processes[1 - lost]], 4)
+    assert time.monotonic() - began < 5 * STALL
     named = ("rank 1",) if lost else ("host", f"{STALL} s")
-    assert all(name in line for name in named), line
-    assert remaining.wait(timeout=60) != 0
+    assert all(name in refused_line(err) for name in named), err
 
-    # power the lost host off: kill torchrun, and its rank by the run's folder in the command line
+    # power the lost host off: its rank ends with the launcher
     os.killpg(processes[lost].pid, signal.SIGKILL)
-    subprocess.run(["pkill", "-KILL", "-f", str(out)])
     ip("-n", HOSTS[lost], "link", "set", "cable", "up")
 
-    # the same command resumes on both hosts
-    last_step = read_checkpoint(newest_checkpoint(out))["global_step"] + 7
-    for process in start_training(workspace, out, last_step):
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+    # the same command resumes on both hosts, to the result of one host
+    last_step = newest_step(out) + 7
+    wait_for_codes(start_training(workspace, out, last_step), 0)
     if lost:
         one_host = tmp_path / "one-host"
-        two = (*DDP, "--trainer.devices", "2")
-        workspace.rectify(*tiny_fit_words(one_host, last_step, *two), processes=2)
+        words = tiny_fit_words(one_host, last_step, *OPTIONS)
+        workspace.rectify("spread", "--processes", "2", "--", *words)
         assert equal(final_state(out, last_step), final_state(one_host, last_step))

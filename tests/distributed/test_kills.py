@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from data.lease import NAME as LEASE
 from models.checkpoint import read_checkpoint
 from tests.distributed.processes import find_descendants
 from tests.distributed.runs import TRAINING_STATE, equal, tiny_fit_words
@@ -76,14 +77,15 @@ def is_intact(path: Path, expected: Path) -> bool:
 def find_final_files(out: Path) -> dict[str, Path]:
     """Return the files with final names; a temporary name begins with a dot.
 
-    A sharded checkpoint, which is a folder, counts as one file.
+    A sharded checkpoint, which is a folder, counts as one file. The lease of a killed command
+    stays until the next one takes it over.
     """
     in_checkpoints = {path for folder in out.rglob("*.ckpt") for path in folder.rglob("*")}
     files = {}
     for path in out.rglob("*"):
         name = path.relative_to(out)
         is_file = path.is_file() or path.suffix == ".ckpt"
-        is_temporary = any(part.startswith(".") for part in name.parts)
+        is_temporary = path.name == LEASE or any(part.startswith(".") for part in name.parts)
         if is_file and not is_temporary and path not in in_checkpoints:
             files[str(name)] = path
     return files

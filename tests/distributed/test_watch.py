@@ -1,4 +1,4 @@
-"""Training failures are named: samples that are not finite, memory, a rank that stalls."""
+"""Training failures are named: samples whose loss is not finite, memory, a rank that stalls."""
 
 import os
 import re
@@ -7,12 +7,12 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data.latents import latent_sample
 from data.noise import noise
 from data.shards import ShardReader, ShardWriter
+from data.shards.write import array_to_npy
 from tests.distributed.processes import find_children, wait_until
 from tests.distributed.runs import (
     assert_fails,
@@ -27,14 +27,15 @@ TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 
 def make_latent(index):
-    """Return a sample of noise, not finite at `BAD_INDEX`."""
-    x = noise(0, index, (4, 8, 8)) * (np.nan if index == BAD_INDEX else 1)
-    return latent_sample(f"{index:09d}", x, index % 10)
+    """Return a sample of noise, whose loss is not finite at `BAD_INDEX`."""
+    x = noise(0, index, (4, 8, 8)) * (1e30 if index == BAD_INDEX else 1)
+    sample = latent_sample(f"{index:09d}", x.clamp(-1, 1), index % 10)
+    return sample | {"npy": array_to_npy(x.numpy())}  # float32
 
 
 @pytest.fixture(scope="module")
 def spoiled_options(workspace, tmp_path_factory):
-    """Return the options of training on 64 latents of which one is not finite.
+    """Return the options of training on 64 latents of which one is far too large.
 
     It spoils one step in four.
     """
@@ -99,7 +100,7 @@ def read_rank(pid):
 
 def test_a_stalled_rank_is_named(workspace, tmp_path):
     run = tmp_path / "run"
-    words = tiny_fit_words(run, 4000, *TWO, "--watchdog.timeout", "5")
+    words = tiny_fit_words(run, 1500, *TWO, "--watchdog.timeout", "5")
     process = workspace.start(*words, processes=2)
     wait_until(process, lambda: (run / "metrics.jsonl").exists())
 

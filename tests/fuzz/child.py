@@ -13,7 +13,6 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 TIME_LIMIT = 60.0  # seconds: longer is a hang (an undamaged command takes one or two)
@@ -88,7 +87,7 @@ class AuditLog:
         return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR))
 
 
-def run_stage_in_process(words: list[str], **_: Any) -> SimpleNamespace:
+def run_stage_in_process(words: list[str], **_: Any) -> int:
     """Run a pipeline's stage in this process.
 
     It calls the same `main` as a new interpreter would, without its start.
@@ -96,7 +95,7 @@ def run_stage_in_process(words: list[str], **_: Any) -> SimpleNamespace:
     from deploy.cli import main
 
     assert words[1:4] == ["-P", "-m", "deploy"], words
-    return SimpleNamespace(returncode=main(words[4:]))
+    return main(words[4:])
 
 
 def run_in_child(words: list[str], folder: Path, report: Path) -> None:
@@ -109,7 +108,7 @@ def run_in_child(words: list[str], folder: Path, report: Path) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.chdir(folder)
     deploy.cli.VERBS["read"] = ("tests.fuzz.recipes:read_set", "read every sample")
-    deploy.run.subprocess = SimpleNamespace(run=run_stage_in_process)
+    deploy.run.run_command = run_stage_in_process
     log = AuditLog(folder)
     sys.addaudithook(log)
 

@@ -1,5 +1,6 @@
 """Small teachers as run folders: random weights that map noise smoothly to data, untrained."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +101,8 @@ def save_teacher(
         return save_weights(run, rectify, weights)
     raw = {key: torch.randn_like(value) for key, value in weights.items()}
     return save_weights(run, rectify, raw, ema=model.state_dict())
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    """Change entries of a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))

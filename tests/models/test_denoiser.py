@@ -19,7 +19,7 @@ from models.nets.attention import Attention
 from models.nets.dit import DiT
 from models.nets.unit_variance import UnitVariance
 from models.prediction import EDMPreconditioned, NoisePrediction, Score, Velocity, VPrediction
-from models.time_input import ScaledTime, TabulatedTime
+from models.time_input import InterpolatedTime, ScaledTime, TabulatedTime
 from tests.examples import (
     PREDICTIONS,
     default_instances,
@@ -66,8 +66,10 @@ def test_outputs_under_autocast_are_float32():
         (None, [0.25, 0.5]),
         (ScaledTime(1000.0), [250.0, 500.0]),
         (TabulatedTime([0.24, 0.51], [7, 9]), [7.0, 9.0]),
+        (InterpolatedTime([0.9, 0.3, 0.2], [50.0, 20.0, 10.0]), [15.0, 30.0]),
+        (InterpolatedTime([0.4], [7.0]), [7.0, 7.0]),
     ],
-    ids=["default", "scaled", "tabulated"],
+    ids=["default", "scaled", "tabulated", "interpolated", "one time"],
 )
 def test_the_network_reads_its_time_input(time_input, expected):
     denoiser = Denoiser(TimeNetwork(), VariancePreserving(), NoisePrediction(), time_input)

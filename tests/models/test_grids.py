@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from models.interpolant import Linear, VariancePreserving
-from models.sampler import DDIM, Sampler, karras, shifted, trailing, uniform, uniform_lambda
-from tests.examples import every_interpolant
+from models.sampler import DDIM, karras, shifted, trailing, uniform, uniform_lambda
+from tests.examples import every_interpolant, public_samplers
 from tests.helpers.refusals import refused
 from tests.oracle import single
 
@@ -63,6 +64,15 @@ def test_trailing_starts_at_the_last_level():
     assert trailing(3, 1000) == [1.0, 0.667, 0.333, 0.0]
 
 
+def test_trailing_is_that_of_diffusers_for_every_count():
+    """diffusers has more than `steps` levels for a few counts: the last of them is not used."""
+    scheduler = DDIMScheduler(timestep_spacing="trailing")
+    for steps in range(1, 1001):
+        scheduler.set_timesteps(steps)
+        numbers = [round(1000 * t) - 1 for t in trailing(steps)[:-1]]
+        assert numbers == scheduler.timesteps[:steps].tolist(), steps
+
+
 def test_uniform_is_the_default():
     assert uniform(7) == DDIM(7).times
 
@@ -105,7 +115,7 @@ def test_impossible_grids_are_refused(make, named):
         make()
 
 
-DETERMINISTIC = [cls for cls in Sampler.__subclasses__() if not cls.is_stochastic]
+DETERMINISTIC = [cls for cls in public_samplers() if not cls.is_stochastic]
 
 
 @pytest.mark.parametrize("sampler", DETERMINISTIC, ids=lambda cls: cls.__name__)

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from models.denoiser import Denoiser, count_evaluations
 from models.guidance import Guided
 from models.interpolant import Linear, Trigonometric
+from models.nets.dit import DiT
+from models.prediction import Velocity
 from models.sampler import DDIM, Heun
+from tests.helpers.denoisers import randomize
 from tests.helpers.refusals import refused
 from tests.oracle import single
 
@@ -105,6 +109,69 @@ def test_a_call_of_the_negative_counts():
     DDIM(4)(guided, x_t, 1.0)
     assert strong.calls + weak.calls == 8
     assert DDIM(4).nfe(guided) == 8
+
+
+def small_dit(**options):
+    """Return a denoiser of three classes with random weights."""
+    net = DiT(4, 2, 2, width=16, depth=1, heads=2, classes=3, **options)
+    randomize(net, 0.2)
+    return Denoiser(net, INTERPOLANT, Velocity()).eval()
+
+
+class Batches:
+    """Records the sizes of the batches that a network receives."""
+
+    def __init__(self, denoiser):
+        self.sizes = []
+        denoiser.net.register_forward_pre_hook(lambda _, inputs: self.sizes.append(len(inputs[0])))
+
+
+def two_calls(denoiser, w, x_t, t, cond, *s):
+    """Return guidance by its formula, with one call for each estimate."""
+    conditional = denoiser(x_t, t, cond, *s)
+    empty = denoiser(x_t, t, None, *s)
+    return [u + w * (c - u) for c, u in zip(conditional, empty)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "sizes"), [(1, [2]), (16, [32]), (17, [17, 17])], ids=["one", "limit", "above"]
+)
+@pytest.mark.parametrize("two_time", [False, True], ids=["t", "t-s"])
+@torch.inference_mode()
+def test_a_small_batch_is_doubled_in_one_call(batch, sizes, two_time):
+    denoiser = small_dit(two_time=two_time)
+    x_t = torch.randn(batch, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    t = torch.linspace(0.2, 0.9, batch)
+    cond = torch.arange(batch) % 3
+    ends = (t / 2,) if two_time else ()
+    w = torch.linspace(2, 4, batch)
+    expected = two_calls(denoiser, w.view(-1, 1, 1, 1), x_t, t, cond, *ends)
+    batches = Batches(denoiser)
+    with count_evaluations() as counter:
+        found = Guided(denoiser, w)(x_t, t, cond, *ends)
+    assert batches.sizes == sizes
+    assert counter.count == 2 * batch
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_scale_is_one_batch_of_its_size():
+    denoiser = small_dit()
+    batches = Batches(denoiser)
+    x_t, t = torch.randn(3, 2, 4, 4), torch.full((3,), 0.5)
+    found = Guided(denoiser, 1.0)(x_t, t, torch.arange(3))
+    assert batches.sizes == [3]
+    for ours, theirs in zip(found, denoiser(x_t, t, torch.arange(3))):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_condition_that_nothing_replaces_takes_two_calls():
+    """A text of a length that the network has no empty text for, or a network that cannot say."""
+    denoiser = small_dit()
+    denoiser.net.null_condition = lambda cond: None
+    batches = Batches(denoiser)
+    Guided(denoiser, 3.0)(torch.randn(3, 2, 4, 4), torch.tensor(0.5), torch.arange(3))
+    assert batches.sizes == [3, 3]
 
 
 @pytest.mark.parametrize(

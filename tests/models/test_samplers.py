@@ -5,11 +5,21 @@ from functools import cache
 
 import pytest
 import torch
+from torchdiffeq import odeint
 
+from models.clipped import Clipped
 from models.denoiser import Denoiser
 from models.guidance import Guided
-from models.interpolant import Linear, Trigonometric, VariancePreserving
+from models.interpolant import (
+    Discrete,
+    EDMPath,
+    Linear,
+    Trigonometric,
+    VarianceExploding,
+    VariancePreserving,
+)
 from models.prediction import Velocity
+from models.retimed import Retimed
 from models.sampler import (
     DDIM,
     Ancestral,
@@ -22,9 +32,9 @@ from models.sampler import (
     Midpoint,
     Renoising,
     RungeKutta4,
-    Sampler,
+    karras,
 )
-from tests.examples import INTERPOLANTS, every_interpolant
+from tests.examples import INTERPOLANTS, every_interpolant, public_samplers
 from tests.helpers.refusals import refused
 from tests.oracle import CountingDenoiser, Mixture, Point, single
 
@@ -36,7 +46,7 @@ def parametrize_samplers(samplers):
     return pytest.mark.parametrize("sampler", samplers, ids=lambda cls: cls.__name__)
 
 
-every_sampler = parametrize_samplers(Sampler.__subclasses__())
+every_sampler = parametrize_samplers(public_samplers())
 every_solver = parametrize_samplers([*ORDERS, DormandPrince])
 NOISELESS = [interpolant for interpolant in INTERPOLANTS if interpolant(torch.tensor(0.0))[1] == 0]
 NOISY = [interpolant for interpolant in INTERPOLANTS if interpolant(torch.tensor(0.0))[1] > 0]
@@ -48,7 +58,7 @@ def noise():
 
 
 def test_every_sampler_states_its_order():
-    assert set(Sampler.__subclasses__()) == {*ORDERS, *STOCHASTIC, DormandPrince}
+    assert set(public_samplers()) == {*ORDERS, *STOCHASTIC, DormandPrince}
 
 
 def mixture(interpolant):
@@ -94,6 +104,214 @@ def test_the_adaptive_solver_keeps_its_tolerance(interpolant):
     solver = DormandPrince(1, [0.98, 0.02], rtol=1e-5, atol=1e-5)
     found = solver.integrate(mixture(interpolant), start)[-1]
     torch.testing.assert_close(found, exact, rtol=2e-4, atol=2e-4)
+
+
+# The whole way, from t = 1 to t = 0
+
+whole_interpolants = pytest.mark.parametrize(
+    "interpolant", [Linear(), Trigonometric(), VariancePreserving()], ids=repr
+)
+EPS = torch.linspace(-1.5, 1.5, 13, dtype=torch.float64).view(-1, 1, 1, 1)
+
+
+@cache
+def exact_samples(interpolant):
+    """Return the samples of the noises EPS, by the adaptive solver.
+
+    It solves the ODE on Trigonometric, which is smooth everywhere, from the state of equal SNR.
+    """
+    alpha, sigma = interpolant(torch.ones((), dtype=torch.float64))
+    first = (torch.atan2(sigma, alpha) * 2 / math.pi).item()
+    solver = DormandPrince(1, [first, 0.0], rtol=1e-11, atol=1e-11, end=1e-6)
+    start = EPS * sigma / torch.hypot(alpha, sigma)
+    with torch.inference_mode():
+        return solver.integrate(mixture(Trigonometric()), start)[-1]
+
+
+@whole_interpolants
+@parametrize_samplers([Midpoint, Heun, RungeKutta4])
+@torch.inference_mode()
+def test_the_order_of_convergence_holds_up_to_the_data(interpolant, sampler):
+    def error(steps):
+        found = sampler(steps)(mixture(interpolant), EPS)
+        return (found - exact_samples(interpolant)).square().mean().sqrt().item()
+
+    assert math.log2(error(32) / error(64)) > ORDERS[sampler] - 0.3
+
+
+@whole_interpolants
+@parametrize_samplers([Midpoint, Heun, RungeKutta4])
+@torch.inference_mode()
+def test_the_order_of_the_inversion_holds_from_the_data(interpolant, sampler):
+    """On VariancePreserving the first step of RungeKutta4, of third order, shows after 32 steps."""
+
+    def error(steps):
+        found = sampler(steps).invert(mixture(interpolant), exact_samples(interpolant))
+        return (found - EPS).abs().max().item()
+
+    assert math.log2(error(32) / error(64)) > ORDERS[sampler] - 0.5
+
+
+def torchdiffeq_samples(denoiser, method, steps):
+    """Return the samples of EPS on Linear, by a method of torchdiffeq in equal steps."""
+
+    def velocity(t, x):
+        x_hat, eps_hat = denoiser(x, t.expand(len(x)))
+        return eps_hat - x_hat
+
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return odeint(velocity, EPS, times, method=method)[-1]
+
+
+@pytest.mark.parametrize("steps", [1, 4, 9])
+@torch.inference_mode()
+def test_midpoint_is_that_of_torchdiffeq_on_linear(steps):
+    denoiser = mixture(Linear())
+    expected = torchdiffeq_samples(denoiser, "midpoint", steps)
+    torch.testing.assert_close(Midpoint(steps)(denoiser, EPS), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("sampler", "method"), [(Heun, "heun2"), (RungeKutta4, "rk4")])
+@torch.inference_mode()
+def test_errors_are_of_the_size_of_those_of_torchdiffeq(sampler, method):
+    """Its last step evaluates the denoiser at t = 0, which an exact one allows; ours does not.
+
+    Its "rk4" is the 3/8 rule, whose errors are a little smaller than the classical method's.
+    """
+    denoiser = mixture(Linear())
+    exact = exact_samples(Linear())
+    ours = (sampler(16)(denoiser, EPS) - exact).square().mean()
+    theirs = (torchdiffeq_samples(denoiser, method, 16) - exact).square().mean()
+    assert ours.sqrt() < 2 * theirs.sqrt()
+
+
+class RecordingDenoiser:
+    """Records the times at which a denoiser is evaluated."""
+
+    def __init__(self, denoiser):
+        self.denoiser = denoiser
+        self.interpolant = denoiser.interpolant
+        self.times = []
+
+    def __call__(self, x_t, t, cond=None):
+        self.times.append(t[0].item())
+        return self.denoiser(x_t, t, cond)
+
+
+@parametrize_samplers([Midpoint, Heun, RungeKutta4])
+@pytest.mark.parametrize("direction", ["sampling", "inversion"])
+def test_a_chain_is_sampled_at_its_levels_only(sampler, direction):
+    """Not below the first, at t = 1 / 1000; the step from it to the data is DDIM's."""
+    denoiser = RecordingDenoiser(mixture(Discrete.linear()))
+    solver = sampler(8)
+    run = solver if direction == "sampling" else solver.invert
+    run(denoiser, EPS)
+    assert min(denoiser.times) == pytest.approx(1e-3)
+    assert len(denoiser.times) == solver.nfe(denoiser, inverse=direction == "inversion")
+
+
+@parametrize_samplers([Midpoint, Heun, RungeKutta4])
+@pytest.mark.parametrize("direction", ["sampling", "inversion"])
+def test_a_chain_as_a_flow_is_sampled_at_its_levels_only(sampler, direction):
+    """Neither on another interpolant, where the first level has another time."""
+    network = RecordingDenoiser(mixture(Discrete.linear()))
+    denoiser = Clipped(Retimed(network, Linear()), 100.0)
+    solver = sampler(64)
+    run = solver if direction == "sampling" else solver.invert
+    run(denoiser, EPS)
+    assert min(network.times) == pytest.approx(1e-3)
+    assert len(network.times) == solver.nfe(denoiser, inverse=direction == "inversion")
+
+
+def edm_samples(denoise, eps, levels):
+    """Return EDM's samples without churn, in its own letters.
+
+    Karras et al. 2022 (arXiv 2206.00364), algorithm 1.
+
+    Args:
+        denoise: D(x; sigma).
+        eps: noise.
+        levels: sigma_0 > ... > sigma_{N-1}; sigma_N = 0 follows.
+    """
+    x = levels[0] * eps
+    for sigma, following in zip(levels, [*levels[1:], 0.0]):
+        d = (x - denoise(x, sigma)) / sigma
+        x_next = x + (following - sigma) * d
+        if following != 0:
+            d_next = (x_next - denoise(x_next, following)) / following
+            x_next = x + (following - sigma) * (d + d_next) / 2
+        x = x_next
+    return x
+
+
+def edm_levels(count, low, high, rho=7):
+    """Return EDM's noise levels, eq. 5."""
+    roots = [
+        high ** (1 / rho) + i / max(count - 1, 1) * (low ** (1 / rho) - high ** (1 / rho))
+        for i in range(count)
+    ]
+    return [root**rho for root in roots]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 6, 18])
+@pytest.mark.parametrize(
+    ("interpolant", "grid"),
+    [
+        (EDMPath(), None),
+        (EDMPath(), karras),
+        (VarianceExploding(0.002, 80.0), karras),
+        (Linear(), karras),
+        (Linear(0.002), karras),
+        (VariancePreserving(), karras),
+    ],
+    ids=["edm", "edm-karras", "ve", "linear", "linear-noisy", "vp"],
+)
+@torch.inference_mode()
+def test_edm_heun_is_edms_sampler(interpolant, grid, steps):
+    """N noise levels, of which the last leads to the data without noise, at 2 N - 1 evaluations."""
+    reference = mixture(EDMPath())
+
+    def denoise(x, sigma):
+        level = torch.tensor(sigma, dtype=torch.float64)
+        path = EDMPath()
+        return reference(x, path.time_of_snr(torch.ones_like(level), level).expand(len(x)))[0]
+
+    times = grid(steps, interpolant) if grid else None
+    sampler = EDMHeun(steps, times)
+    _, sigma = interpolant(torch.zeros(()))
+    denoiser = CountingDenoiser(mixture(interpolant), at_zero=sigma > 0)
+    expected = edm_samples(denoise, EPS, edm_levels(steps, 0.002, 80.0))
+    torch.testing.assert_close(sampler(denoiser, EPS), expected, rtol=1e-5, atol=1e-5)
+    assert denoiser.calls == 2 * steps - 1 == sampler.nfe(denoiser)
+
+
+def test_edm_heun_leaves_no_noise_on_ve():
+    point = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    eps = torch.randn(5, 2, 4, 4, dtype=torch.float64)
+    x = EDMHeun(4)(Point(VarianceExploding(), point), eps)
+    torch.testing.assert_close(x, point.expand_as(x))
+
+
+def test_edm_heun_spreads_a_grid_that_starts_at_pure_noise():
+    """Linear(.1) is data and noise at t = 0, so that t = 0 is the last of three levels."""
+    times = EDMHeun(3, [1.0, 0.8, 0.4, 0.0]).grid(Linear(0.1))
+    assert times[0] == 1 and times[2:] == [0, 0]
+    assert 0.4 < times[1] < 0.8
+
+
+@pytest.mark.parametrize("interpolant", [VarianceExploding(0.1, 50.0), Linear(0.1)], ids=repr)
+@parametrize_samplers([DDIM, DPMSolver2M])
+@torch.inference_mode()
+def test_an_inversion_begins_with_the_noise_that_is_left_at_0(interpolant, sampler):
+    """As the ODE makes a state with noise: otherwise the error would stay above .03."""
+    denoiser = mixture(interpolant)
+    x = RungeKutta4(32)(denoiser, EPS)
+
+    def error(steps):
+        return (sampler(steps).invert(denoiser, x) - EPS).abs().max().item()
+
+    assert error(64) < 0.1
+    assert math.log2(error(64) / error(128)) > 0.7
 
 
 def test_ddim_is_euler_on_linear():

@@ -7,14 +7,14 @@ import torch
 
 from data.noise import generator
 from models.interpolant import Linear, Trigonometric, VariancePreserving
-from models.sampler import DDIM, Ancestral, EulerMaruyama, Renoising, Sampler
-from tests.examples import every_interpolant
+from models.sampler import DDIM, Ancestral, EulerMaruyama, Renoising
+from tests.examples import every_interpolant, public_samplers
 from tests.helpers.refusals import refused
 from tests.oracle import Flow, single
 
 MEAN = 0.5
 STD = 0.7
-STOCHASTIC = [cls for cls in Sampler.__subclasses__() if cls.is_stochastic]
+STOCHASTIC = [cls for cls in public_samplers() if cls.is_stochastic]
 every_sampler = pytest.mark.parametrize(
     "sampler", [*STOCHASTIC, DDIM], ids=lambda cls: cls.__name__
 )

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from models.checkpoint import load_checkpoint
+from models.condition import Unconditional
 from models.denoiser import Denoiser
 from models.guidance import Guided
 from models.interpolant import Linear, Trigonometric, VariancePreserving
@@ -12,8 +14,19 @@ from models.retimed import Retimed
 from models.sampler import DDIM
 from tests.examples import every_interpolant
 from tests.helpers.refusals import refused
+from tests.helpers.teachers import save_teacher
 from tests.oracle import Flow
-from trainer.module import inherit_weights
+from trainer.module import Generator, inherit_weights
+from trainer.objectives import (
+    Consistency,
+    Matching,
+    MeanFlow,
+    Online,
+    Regression,
+    Shortcut,
+    StepMaps,
+)
+from trainer.objectives.teachers import EMATeacher
 
 SIZES = {"size": 4, "channels": 2, "patch": 2, "width": 16, "depth": 1, "heads": 2}
 
@@ -100,6 +113,64 @@ def two_time_denoiser():
     net = DiT(**SIZES, two_time=True, guidance_embedded=True)
     randomise(net)
     return Denoiser(net, Linear(), Velocity())
+
+
+def test_samplers_use_no_jumps_that_were_not_learnt():
+    """Also where the denoiser is guided, or retimed."""
+    denoiser = two_time_denoiser()
+    eps = torch.randn(5, 2, 4, 4)
+    jumps = DDIM(2)(denoiser, eps)
+    denoiser.jumps = False
+    plain = DDIM(2)(denoiser, eps)
+    assert not torch.allclose(plain, jumps, atol=1e-4)
+    for wrapped in (Guided(denoiser, 1.0), Retimed(denoiser, Linear())):
+        torch.testing.assert_close(DDIM(2)(wrapped, eps), plain, rtol=1e-5, atol=1e-5)
+    # Euler's step on the velocity at one time
+    t = torch.full((5,), 1.0)
+    x_hat, eps_hat = denoiser(eps, t)
+    middle = (x_hat + eps_hat) / 2
+    x_hat, _ = denoiser(middle, t / 2)
+    torch.testing.assert_close(plain, x_hat)
+    with refused("two_time", "jumps"):
+        denoiser(eps, t, s=t / 2)
+
+
+OBJECTIVES = {
+    "matching": (Matching(), False),
+    "online-matching": (Online(EMATeacher(), Matching()), False),
+    "online-meanflow": (Online(EMATeacher(), MeanFlow()), True),
+    "meanflow": (MeanFlow(), True),
+    "shortcut": (Shortcut(), True),
+    "regression": (Regression(), True),
+    "consistency": (Consistency(), True),
+    "step-maps": (StepMaps(), True),
+}
+
+
+@pytest.mark.parametrize(("objective", "jumps"), OBJECTIVES.values(), ids=OBJECTIVES)
+def test_a_run_records_what_its_objective_teaches(objective, jumps, tmp_path):
+    denoiser = two_time_denoiser()
+    module = Generator(denoiser, objective)
+    checkpoint = {}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint["rectify"]["jumps"] == denoiser.jumps == denoiser.two_time == jumps
+    run = save_teacher(tmp_path / "run", denoiser, Unconditional(), jumps=jumps)
+    assert load_checkpoint(run).denoiser.two_time == jumps
+
+
+def test_a_run_that_records_nothing_jumps(tmp_path):
+    run = save_teacher(tmp_path / "run", two_time_denoiser(), Unconditional())
+    assert load_checkpoint(run).denoiser.two_time
+
+
+def test_a_record_that_is_no_truth_value_is_refused(tmp_path):
+    run = save_teacher(tmp_path / "run", two_time_denoiser(), Unconditional(), jumps="no")
+    with refused("step=", "jumps", "no"):
+        load_checkpoint(run)
+
+
+def test_a_one_time_network_records_no_jumps():
+    assert "jumps" not in Generator(random_teacher(), Matching()).spec
 
 
 def test_the_second_time_and_the_scale_have_defaults():

@@ -68,6 +68,20 @@ def test_an_average_of_a_third_width_is_reconstructed_from_snapshots_of_two():
     assert found.sum() == pytest.approx(1, abs=1e-2)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 16])
+def test_the_weights_of_few_snapshots_have_the_sum_one(count):
+    """EDM2's code divides by the sum: solve_posthoc_coefficients."""
+    steps = np.linspace(1000, 4000, count).repeat(2)
+    gammas = np.array([exponent(0.05), exponent(0.1)] * count)
+    target = exponent(0.15)
+    found = posthoc_weights(steps, gammas, 4000, target)
+    gram = inner_products(steps, gammas, steps, gammas)
+    products = inner_products(steps, gammas, np.array([4000.0]), np.array([target]))[:, 0]
+    expected = np.linalg.solve(gram, products)
+    np.testing.assert_allclose(found, expected / expected.sum(), rtol=1e-5, atol=1e-8)
+    assert found.sum() == pytest.approx(1, abs=1e-12)
+
+
 def test_the_loss_by_time_is_the_same_on_any_number_of_ranks():
     """Ranks add sums and counts: a bin that is empty on one rank, or on all, gives no NaN."""
     times = torch.tensor([0.0, 0.1, 0.3, 0.31, 0.32, 0.8, 0.9, 1.0])

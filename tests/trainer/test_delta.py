@@ -7,6 +7,7 @@ import torch
 
 from deploy.delta import delta, difference
 from models.checkpoint import FORMAT, fingerprint, load_checkpoint
+from models.codec import KL, save_codec
 from models.condition import Unconditional
 from models.denoiser import Denoiser
 from models.description import describe
@@ -14,7 +15,9 @@ from models.interpolant import Linear, Trigonometric
 from models.nets.dit import DiT
 from models.prediction import Velocity
 from models.tensors import read_safetensors, to_safetensors
+from tests.helpers.codecs import small_vae
 from tests.helpers.refusals import refused
+from tests.helpers.teachers import save_teacher
 from trainer.module import inherit_weights
 
 
@@ -118,6 +121,37 @@ def test_applying_to_a_model_that_is_no_fine_tune_is_refused(
     with refused("other.safetensors", part, "fine-tune"):
         delta(other, tmp_path / "out.safetensors", apply=made)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def latent_run(folder, seed, vae):
+    """Write the run of a denoiser in an autoencoder's latents, and return it."""
+    save_codec(vae, folder / "vae")
+    model = denoiser(seed, channels=4)
+    return save_teacher(folder / "run", model, Unconditional(), KL(str(folder / "vae")))
+
+
+def test_latents_of_another_scale_are_refused_and_other_weights_reported(tmp_path, caplog):
+    base = latent_run(tmp_path / "base", 0, small_vae())
+    other = latent_run(tmp_path / "other", 0, small_vae(scaling_factor=2.0))
+    student = latent_run(tmp_path / "student", 1, small_vae())
+    made = tmp_path / "delta.safetensors"
+    with refused(student, "codec", "scale", 2.0):
+        delta(other, made, run=student)
+    delta(base, made, run=student)
+    with refused(other, "scale", 2.0):
+        delta(other, tmp_path / "x.safetensors", apply=made)
+    pixels = saved(tmp_path / "pixels.safetensors", denoiser(0, channels=4))
+    with refused(pixels, "scale", None):
+        delta(pixels, tmp_path / "x.safetensors", apply=made)
+    assert not (tmp_path / "x.safetensors").exists()
+
+    # A fine-tune may have a decoder of its own.
+    vae = small_vae()
+    torch.nn.init.normal_(vae.decoder.conv_out.weight)
+    tuned = latent_run(tmp_path / "tuned", 0, vae)
+    caplog.set_level("INFO")
+    delta(tuned, tmp_path / "rectified.safetensors", apply=made)
+    assert [line for line in caplog.messages if str(tuned) in line and "codec" in line]
 
 
 @pytest.mark.parametrize("net", [{"width": 16}, {"depth": 2}], ids=["width", "depth"])

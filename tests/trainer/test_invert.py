@@ -54,7 +54,6 @@ def test_the_same_sampler_maps_the_noises_back_to_the_latents(folder):
     assert torch.equal(batch.x, torch.stack([latent(i) for i in range(COUNT)]))
     assert batch.condition.tolist() == [i * i % 3 for i in range(COUNT)]
 
-    # The sampler's last step is DDIM's, which is the least exact.
     again = RungeKutta4(16)(small_denoiser(), batch.noise, batch.condition)
     torch.testing.assert_close(again, batch.x, rtol=0, atol=0.02)
 

@@ -16,7 +16,7 @@ from tests.helpers.refusals import refused
 from tests.oracle import Flow, Point
 from trainer.module import Generator
 from trainer.objectives import MeanFlow
-from trainer.objectives.meanflow import mean_velocity
+from trainer.objectives.meanflow import find_dropped, mean_velocity
 from trainer.objectives.parts.distances import AdaptiveDistance, Squared
 from trainer.objectives.parts.time_distributions import UShaped
 from trainer.step_random import StepRandom
@@ -166,6 +166,34 @@ def test_the_scale_moves_the_velocity_field(s):
     cond = torch.zeros(14, dtype=torch.long)
     gap = MeanFlow(guidance=3.0).gap(ConstantVelocities(), x, eps, T, s, cond)
     torch.testing.assert_close(gap, 2 - (3 * (eps - x) - 2 * 5.0))
+
+
+class LabelledVelocities(ConstantVelocities):
+    """The same, with the class 3 for "no class"."""
+
+    def null_condition(self, cond):
+        return torch.full_like(cond, 3)
+
+
+@intervals
+def test_a_dropped_condition_leaves_the_plain_velocity(s):
+    """As in the paper's code: where the label is dropped, v is learnt, elsewhere the guided one."""
+    x, eps = torch.randn(2, 14, 1, 2, 2, dtype=torch.float64)
+    cond = torch.arange(14) % 4
+    gap = MeanFlow(guidance=3.0).gap(LabelledVelocities(), x, eps, T, s, cond)
+    plain = 2 - (eps - x)
+    guided = 2 - (3 * (eps - x) - 2 * 5.0)
+    torch.testing.assert_close(gap, plain.where(expand(cond == 3, x), guided))
+
+
+def test_a_dropped_text_is_found_by_its_encoding():
+    """An empty text that was encoded in another batch differs in the last bits."""
+    denoiser = LabelledVelocities()
+    empty = torch.randn(5, 8)
+    denoiser.null_condition = lambda cond: empty.expand_as(cond)
+    cond = torch.stack([torch.randn(5, 8), empty + 1e-6, empty])
+    assert find_dropped(denoiser, cond, T[:3]).tolist() == [False, True, True]
+    assert find_dropped(ConstantVelocities(), cond, T[:3]).tolist() == [False, False, False]
 
 
 def sample_times(start, count):

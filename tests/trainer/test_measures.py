@@ -1,5 +1,6 @@
 """Distances of samples and measures of trajectories against closed forms."""
 
+import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
@@ -7,6 +8,7 @@ from scipy.integrate import quad
 from models.interpolant import Linear, Trigonometric, VariancePreserving
 from models.windows import Piecewise
 from tests.examples import every_interpolant
+from tests.helpers.refusals import refused
 from tests.oracle import Point, single
 from trainer.jobs.evaluate import add_drift
 from trainer.jobs.run_sampler import tile_images
@@ -53,6 +55,36 @@ def test_half_of_the_data_has_low_recall_and_full_precision(real):
     assert recall(half, real) == 1
 
 
+def test_features_far_from_zero_have_the_distances_of_their_differences(generator):
+    """As by numpy in float64, from the differences themselves; more rows than a block has."""
+    features = 100 + 0.05 * torch.randn(1500, 16, generator=generator)
+    real, fake = features[:1100], features[1100:] + 0.02
+
+    def distances(a, b):
+        gaps = a.double().numpy()[:, None] - b.double().numpy()[None]
+        return np.sqrt((gaps**2).sum(-1))
+
+    radius = np.sort(distances(fake, fake), axis=1)[:, 3]
+    expected = (distances(real, fake) <= radius).any(1).mean()
+    assert 0.05 < expected < 0.95
+    assert recall(real, fake) == pytest.approx(expected, abs=1e-6)
+    nearest = distances(fake, real).min(1).mean()
+    assert nearest_distance(real, fake) == pytest.approx(nearest, rel=1e-6)
+
+
+def test_copies_of_one_point_are_in_its_ball_of_radius_zero(real):
+    """Also far from 0: exact copies have the distance 0."""
+    real = 100 + real
+    fake = real[:1].repeat(9, 1)
+    assert recall(fake, real) == 1
+    assert recall(real, fake) == pytest.approx(1 / len(real))
+
+
+def test_fewer_images_than_neighbours_are_refused(real):
+    with refused("3", "recall", "2"):
+        recall(real, real[:2])
+
+
 def test_drift_is_the_growth_of_the_distance_to_the_nearest_real_samples():
     real = torch.tensor([[0.0, 0.0], [10.0, 0.0]])
     near = nearest_distance(real, torch.tensor([[0.0, 1.0], [9.0, 0.0]]))
@@ -66,10 +98,12 @@ def test_drift_is_the_growth_of_the_distance_to_the_nearest_real_samples():
 
 def test_a_grid_fills_rows_from_left_to_right():
     images = torch.linspace(-1, 1, 6).view(6, 1, 1, 1).expand(6, 1, 2, 2)
-    image = tile_images(images, 3)
-    assert image.size == (6, 4)
-    assert image.getpixel((0, 0)) == 0
-    assert image.getpixel((5, 3)) == 255
+    image = np.array(tile_images(images, 3))
+    assert image.shape == (6, 10)  # with gaps of two pixels between the images
+    assert [image[0, column] for column in (0, 4, 8)] == [0, 51, 102]
+    assert [image[4, column] for column in (0, 4, 8)] == [153, 204, 255]
+    assert (image[2:4] == 255).all()
+    assert (image[:, [2, 3, 6, 7]] == 255).all()
 
 
 # Measures of trajectories. Noises of mean 0 and variance 1: all that an affine map depends on.

@@ -5,11 +5,13 @@ from functools import partial
 import pytest
 import torch
 import yaml
+from torch.optim import lr_scheduler
 
 from models.checkpoint import newest_checkpoint, read_checkpoint
-from tests.helpers.refusals import assert_refused
+from tests.helpers.refusals import assert_refused, refused
 from tests.helpers.training import fit_words, small_config, spec, train
 from trainer.optimization import OptimizedModule, ParameterGroup
+from trainer.schedules import WarmUp
 
 
 class TwoWeights(OptimizedModule):
@@ -102,12 +104,56 @@ def test_a_written_configuration_trains_the_same_run(tmp_path):
             ("lr_scheduler", "ReduceLROnPlateau"),
         ),
         (("--lr_scheduler", "ReduceLROnPlateau"), ("lr_scheduler", "ReduceLROnPlateau")),
+        (("--lr_scheduler", "SequentialLR"), ("lr_scheduler", "SequentialLR", "WarmUp")),
+        (
+            ("--lr_scheduler", "ChainedScheduler", "--lr_scheduler.schedulers", "[]"),
+            ("lr_scheduler", "ChainedScheduler", "WarmUp"),
+        ),
+        (
+            ("--lr_scheduler", "WarmUp", "--lr_scheduler.warmup", "9", "--lr_scheduler.steps", "5"),
+            ("lr_scheduler.steps is 5", "lr_scheduler.warmup is 9"),
+        ),
+        (
+            ("--lr_scheduler", "WarmUp", "--lr_scheduler.decay", "sine"),
+            ("lr_scheduler.decay", "`sine`", "`cosine`"),
+        ),
+        (("--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "0"), ("lr_scheduler",)),
+        (("--optimizer.lr", "true"), ("optimizer.lr", "float")),
+        (("--optimizer.capturable", "true"), ("optimizer", "capturable")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value[0], str) else None,
 )
 def test_a_bad_optimizer_or_schedule_is_refused(capfd, tmp_path, words, named):
     assert_refused(capfd, fit_words(CONFIG, tmp_path / "run", *words, steps=2), *named)
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kept"),
+    [
+        (partial(lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=4), False),
+        (partial(lr_scheduler.CyclicLR, base_lr=0.1, max_lr=1.0), False),
+        (partial(lr_scheduler.CosineAnnealingLR, T_max=4, eta_min=0.1), False),
+        (partial(lr_scheduler.CosineAnnealingLR, T_max=4), True),
+        (partial(WarmUp, warmup=2, floor=0.5, steps=4), True),
+    ],
+    ids=["OneCycleLR", "CyclicLR", "a floor", "CosineAnnealingLR", "WarmUp"],
+)
+def test_a_schedule_keeps_the_ratio_of_the_groups(schedule, kept):
+    """That of distribution matching's fake is its fake_rate."""
+    module = TwoWeights()
+    module.make_optimizer = partial(torch.optim.SGD, lr=0.1)
+    module.make_lr_scheduler = schedule
+    if not kept:
+        with refused("lr_scheduler", schedule.func.__name__, "fake_rate", 10):
+            module.build_optimization()
+        return
+    optimizer, built = module.build_optimization()
+    for _ in range(3):
+        slow, fast = (group["lr"] for group in optimizer.param_groups)
+        assert fast == pytest.approx(10 * slow)
+        optimizer.step()
+        built.step()
 
 
 def test_a_configuration_without_an_optimizer_is_refused(capfd, tmp_path):

@@ -1,7 +1,5 @@
 """Pictures: every model can be drawn, closed forms are exact, one seed gives one file."""
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
@@ -10,8 +8,8 @@ from PIL import Image
 from models.exact import Mixture
 from models.interpolant import Linear, Trigonometric, VarianceExploding
 from models.prediction import NoisePrediction, Score, Velocity
-from models.sampler import DDIM, Ancestral, RungeKutta4, Sampler
-from tests.examples import every_interpolant, every_prediction
+from models.sampler import DDIM, Ancestral, RungeKutta4
+from tests.examples import every_interpolant, every_prediction, public_samplers
 from trainer.metrics.sample_distances import energy_distance
 from trainer.toy import line, plane, train
 from trainer.toy.picture import picture
@@ -49,14 +47,7 @@ def test_every_model_is_trained_rectified_and_sampled(tiny, interpolant, predict
     assert found.caption.startswith("after: NFE 2, ")
 
 
-def is_public(cls):
-    return not inspect.isabstract(cls) and cls.__module__.startswith("models.")
-
-
-SAMPLERS = [cls for cls in Sampler.__subclasses__() if is_public(cls)]
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("sampler", public_samplers(), ids=lambda cls: cls.__name__)
 @pytest.mark.parametrize(
     ("interpolant", "prediction"),
     [(Linear(), NoisePrediction()), (VarianceExploding(), Score())],

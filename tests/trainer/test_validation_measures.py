@@ -72,10 +72,11 @@ def config(images):
 
 
 def read_log(run):
-    """Return the lines of a run's log without their seconds."""
+    """Return the lines of a run's log without their seconds and the configuration's checksum."""
     lines = log_lines(run)
     for line in lines:
         line.pop("seconds", None)
+        line.pop("run", None)
     return lines
 
 

@@ -8,8 +8,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from data.files import atomic_file
-from models.tensors import to_safetensors
+from data.files import atomic_file, files_by_step, set_aside
+from data.progress import print_message
+from models.checkpoint import denoiser_weights
+from models.tensors import read_metadata, to_safetensors
+from trainer.callbacks.checkpoint import SNAPSHOT_SUFFIX, SNAPSHOTS, find_run_id
 from trainer.engine.fsdp import to_local
 from trainer.engine.trainer_parts import find_callback
 from trainer.module import Generator
@@ -23,14 +26,27 @@ def to_full(value: Tensor) -> Tensor:
 
 
 def copy_like(value: Tensor, weight: Tensor) -> Tensor:
-    """Return a copy of a tensor, on the device of a weight and sharded like it."""
+    """Return a copy of a tensor in float32, on the device of a weight and sharded like it.
+
+    Weights of 16 bits would round small steps away. Those of 64 bits stay so.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    value = value.detach().to(dtype)
     if isinstance(weight, DTensor) and not isinstance(value, DTensor):
-        return distribute_tensor(value.detach(), weight.device_mesh, weight.placements)
-    return value.detach().to(weight.device, copy=True)
+        return distribute_tensor(value, weight.device_mesh, weight.placements)
+    return value.to(weight.device, copy=True)
+
+
+def training_weights(module: Generator) -> dict[str, Tensor]:
+    """Return the weights of the denoiser that the optimizer updates, by their names in it.
+
+    The module has them in float32, also where the denoiser computes with 16 bits.
+    """
+    return denoiser_weights({"state_dict": module.state_dict()})
 
 
 class EMA(Callback):
-    """Averages the float32 weights of `module.denoiser` after every optimizer step.
+    """Averages the weights of `module.denoiser` in float32 after every optimizer step.
 
     Checkpoints contain the averages. The average with `decay` is the one that other commands load,
     export and collect from. Those of `widths` have power-function profiles (EDM2, Karras et al.
@@ -70,7 +86,10 @@ class EMA(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start with the current weights, or with the averages of a checkpoint."""
         assert isinstance(pl_module, Generator)
-        weights = pl_module.denoiser.state_dict()
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir) / SNAPSHOTS
+            set_aside_snapshots(folder, find_run_id(trainer), trainer.global_step)
+        weights = training_weights(pl_module)
         self.step = trainer.global_step
         for name in ("", *self.powers):
             start = self.averages.get(name) or weights
@@ -88,8 +107,9 @@ class EMA(Callback):
             return  # gradients are still accumulating
         self.step = trainer.global_step
         assert isinstance(pl_module, Generator)
-        state = pl_module.denoiser.state_dict()
-        weights = [to_local(value) for value in state.values()]
+        weights = []
+        for key, value in training_weights(pl_module).items():
+            weights.append(to_local(value).to(self.averages[""][key].dtype))
         for name, decay in self._compute_decays().items():
             averages = [to_local(value) for value in self.averages[name].values()]
             torch._foreach_lerp_(averages, weights, 1 - decay)
@@ -108,9 +128,10 @@ class EMA(Callback):
             for key, value in self.averages[name].items():
                 snapshot[f"{name}/{key}"] = to_full(value)
         if snapshot and trainer.is_global_zero:
-            path = Path(trainer.default_root_dir) / "ema" / f"step={self.step:09d}.safetensors"
+            path = Path(trainer.default_root_dir) / SNAPSHOTS / f"step={self.step:09d}.safetensors"
             with atomic_file(path) as file:
-                file.write(to_safetensors(snapshot, {"step": str(self.step)}))
+                metadata = {"step": str(self.step), "run": find_run_id(trainer)}
+                file.write(to_safetensors(snapshot, metadata))
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -129,6 +150,24 @@ class EMA(Callback):
                 "remove them, or start another run"
             )
         self.averages = {"": checkpoint["ema"], **checkpoint["ema_profiles"]}
+
+
+def set_aside_snapshots(folder: Path, run_id: str, step: int) -> None:
+    """Rename the snapshots of other runs: `rectify ema` would mix them with those of this run.
+
+    Args:
+        folder: of the snapshots.
+        run_id: of this run.
+        step: at which it starts. At 0 no snapshot is its.
+    """
+    moved = []
+    for path in files_by_step(folder, SNAPSHOT_SUFFIX):
+        if step == 0 or read_metadata(path).get("run", "") != run_id:
+            moved.append(set_aside(path))
+    if moved:
+        print_message(
+            f"fit: {folder}: {len(moved)} snapshots of another run, renamed, e.g. {moved[0].name}"
+        )
 
 
 def find_averages(trainer: Trainer) -> dict[str, Tensor]:

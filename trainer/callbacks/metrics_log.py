@@ -1,6 +1,7 @@
 """The log of a run: metrics.jsonl, and progress with rate and time left."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -8,17 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from data.files import atomic_file
-from data.progress import Meter
+from data.files import atomic_file, set_aside
+from data.progress import Meter, print_message
+from trainer.callbacks.checkpoint import Checkpoints, find_run_id
+from trainer.callbacks.keep_config import KeepConfig
+from trainer.engine.trainer_parts import find_callback
 from trainer.run_log import read_log
 from trainer.step_outputs import PerSample, StepOutputs
 
 
 class MetricsLog(Callback):
-    """Appends lines of {"step", "seconds", "loss", ...} to RUN/metrics.jsonl and to the logger.
+    """Appends lines of {"step", "seconds", "loss", ...} to RUN/metrics.jsonl and to the loggers.
 
     A line has the loss and its parts by name, averaged over the global batch; a part that a step
     does not have is left out. A resumed run first removes the lines after the step that it resumes
@@ -68,12 +73,40 @@ class MetricsLog(Callback):
         meter = Meter(name, trainer.max_steps, "steps", self.step, trainer.is_global_zero)
         self.meter = self.open_meter.enter_context(meter)
 
+        # Give the loggers the configuration.
+        kept = find_callback(trainer, KeepConfig)
+        if kept and trainer.loggers:
+            config = yaml.safe_load(kept.origin["config"])
+            for logger in trainer.loggers:
+                logger.log_hyperparams(config)
+
         # Remove the lines.
+        self.run_id = find_run_id(trainer)
         if trainer.is_global_zero and self.path.exists():
-            with atomic_file(self.path) as file:
-                for line, values in read_log(self.path):
-                    if values["step"] <= self.step:
-                        file.write(line + b"\n")
+            checkpoints = find_callback(trainer, Checkpoints)
+            self._remove_later_lines(checkpoints.every if checkpoints else trainer.max_steps)
+
+    def _remove_later_lines(self, every: int) -> None:
+        """Remove the lines of steps that will be repeated; keep another run's log under a new name.
+
+        Args:
+            every: steps between checkpoints.
+        """
+        log = read_log(self.path)
+        is_foreign = any(values.get("run", self.run_id) != self.run_id for _, values in log)
+        # The run had checkpoints, which were deleted (the first may not have been complete).
+        is_lost = self.step == 0 and any(values["step"] > 2 * every for _, values in log)
+        if is_foreign or is_lost:
+            moved = set_aside(self.path)
+            print_message(f"fit: {self.path}: the log of another run, renamed to {moved.name}")
+            return
+        last = self.path.read_bytes().rpartition(b"\n")[2]
+        if last and (not log or log[-1][0] != last):
+            print_message(f"fit: {self.path}: its last line was not complete, and is left out")
+        with atomic_file(self.path) as file:
+            for line, values in log:
+                if values["step"] <= self.step:
+                    file.write(line + b"\n")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
@@ -160,13 +193,18 @@ class MetricsLog(Callback):
         self._write(trainer, values)
 
     def _write(self, trainer: Trainer, values: dict[str, float]) -> None:
-        if trainer.logger:
-            trainer.logger.log_metrics(values, trainer.global_step)
+        """Write a line, and give the values to all loggers, which write them at once."""
+        for logger in trainer.loggers:
+            logger.log_metrics(values, trainer.global_step)
+            logger.save()
         if trainer.is_global_zero:
             seconds = round(time.monotonic() - self.began, 3)
-            line = json.dumps({"step": trainer.global_step, "seconds": seconds, **values})
+            line: dict[str, Any] = {"step": trainer.global_step, "seconds": seconds}
+            for name, value in values.items():
+                line[name] = value if math.isfinite(value) else None  # JSON has no NaN
+            line["run"] = self.run_id
             with self.path.open("a") as file:
-                file.write(line + "\n")
+                file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop the progress meter, also after an error."""

@@ -10,8 +10,10 @@ from data.images import Images, read_all
 from data.noise import noises
 from models.sampler import DDIM
 from trainer.callbacks.ema import find_averages
+from trainer.callbacks.preemption import Preemption
 from trainer.callbacks.trajectory_metrics import averaged_weights, check_validates_generator
 from trainer.conditions import encode_condition, requested_conditions
+from trainer.engine.trainer_parts import find_callback
 from trainer.metrics.classifier import load_or_train_classifier
 from trainer.metrics.sample_distances import frechet_distance, recall
 from trainer.module import Generator
@@ -92,7 +94,10 @@ class SampleQuality(Callback):
         # Generate this rank's samples.
         chunk_features = []
         chunk_hits = []
-        for indices in self._chunks(trainer):
+        preemption = find_callback(trainer, Preemption)
+        for number, indices in enumerate(self._chunks(trainer)):
+            if preemption:
+                preemption.stop_validation(trainer, number)
             features, hits = self._generate(module, indices, steps)
             chunk_features.append(features)
             chunk_hits.append(hits)

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from models.denoiser import count_evaluations
 
 STALLED_EXIT_CODE = 4
 
@@ -35,11 +38,15 @@ PHASE_NAMES = {
 
 
 class RankProgress(NamedTuple):
-    """How far a rank is: optimizer step, phase, and batches validated in that step."""
+    """How far a rank is: optimizer step, phase, and batches validated in that step.
+
+    The network evaluations show that a rank works within a phase, e.g. on samples to be measured.
+    """
 
     step: int = 0
     phase: int = Phase.READING
     validated: int = 0
+    evaluated: int = 0
 
 
 @dataclass
@@ -84,6 +91,7 @@ class StallWatchdog(Callback):
         self.progress = RankProgress()
         self.idle = False  # with a single rank there is nothing to do in a step
         self.stopping = threading.Event()
+        self.counting = ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the threads that report and watch, if there is more than one rank."""
@@ -94,6 +102,7 @@ class StallWatchdog(Callback):
         # The clone is a separate connection to the store.
         default_store: Any = dist.distributed_c10d._get_default_store()
         store = dist.PrefixStore(f"rectify/watchdog/{trainer.global_step}", default_store.clone())
+        self.counter = self.counting.enter_context(count_evaluations())
         self.reports = [""] * trainer.world_size
         self.reports_read = time.monotonic()
         for work in (partial(self._report, store, trainer.global_rank), self._watch):
@@ -123,6 +132,7 @@ class StallWatchdog(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop the threads."""
         self.stopping.set()
+        self.counting.close()
 
     def _report(self, store: dist.Store, rank: int) -> None:
         """Write this rank's progress to the store on the first host; read that of all ranks."""
@@ -131,7 +141,8 @@ class StallWatchdog(Callback):
         while not self.stopping.wait(self.timeout / 20):
             beat += 1
             try:
-                store.set(str(rank), " ".join(map(str, (beat, *self.progress, host))))
+                progress = self.progress._replace(evaluated=self.counter.count)
+                store.set(str(rank), " ".join(map(str, (beat, *progress, host))))
                 self.reports = read_reports(store, len(self.reports))
             except (RuntimeError, dist.DistError):
                 return  # `_watch` notices that reports are no longer read
@@ -177,8 +188,8 @@ def read_reports(store: dist.Store, ranks: int) -> list[str]:
 
 def update_state(state: RankState, report: str, now: float) -> bool:
     """Store a rank's new report, and return whether the rank has made progress."""
-    _, step, phase, validated, host = report.split(" ", 4)
-    progress = RankProgress(int(step), int(phase), int(validated))
+    _, *numbers, host = report.split(" ", 5)
+    progress = RankProgress(*map(int, numbers))
     has_moved = (progress, host) != (state.progress, state.host)
     state.report = report
     state.changed = now
@@ -194,14 +205,14 @@ def find_fault(states: Sequence[RankState], silent_since: float) -> str:
         states: of all ranks.
         silent_since: ranks whose last report is older have stopped reporting.
     """
-    slowest = min(state.progress for state in states)
+    slowest = min(state.progress[:3] for state in states)
     silent = []
     behind = []
     for rank, state in enumerate(states):
         name = f"rank {rank} on {state}"
         if state.changed < silent_since:
             silent.append(name)
-        if state.progress == slowest:
+        if state.progress[:3] == slowest:
             behind.append(name)
     if silent:
         return f"no sign of life from {', '.join(silent)}"

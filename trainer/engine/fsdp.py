@@ -8,18 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -125,6 +117,11 @@ class FSDP2(ModelParallelStrategy):
             rest: what is not a tensor, as split by `models.sharded`.
             tensors: the tensors by name.
         """
+        # torch.distributed.checkpoint is slow to import.
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
         # 1. Write this rank's part.
         failure = ""
         checksums: dict[str, str] = {}
@@ -202,6 +199,12 @@ class FSDP2(ModelParallelStrategy):
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Load a checkpoint that any number of ranks wrote, sharded or not."""
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_model_state_dict,
+            set_optimizer_state_dict,
+        )
+
         # Read it.
         path = Path(checkpoint_path)
         assert self.model is not None
@@ -227,6 +230,8 @@ class FSDP2(ModelParallelStrategy):
 
 def describe_error(error: BaseException) -> str:
     """Return an error's message on one line; those of all ranks if torch has gathered them."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     errors = [error]
     if isinstance(error, CheckpointException):
         errors = [failure[0] for failure in error.failures.values()]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from data.noise import guidance_scales
 from data.pairs import PairWriter
-from models.checkpoint import fingerprint
 from models.condition import ClassLabel
 from models.description import describe
+from models.diffusers.pipeline import part_digests
 from models.diffusers.text import Prompts
 from trainer.conditions import encode_condition, requested_conditions
 from trainer.jobs import job
@@ -37,13 +37,16 @@ def provenance(teacher: SamplingModel) -> dict[str, Any]:
 
     Options of sampling that are not the default are among it.
     """
-    record = {
-        "teacher": fingerprint(teacher.denoiser),
+    record: dict[str, Any] = {
+        "teacher": teacher.fingerprint,
         "interpolant": describe(teacher.denoiser.interpolant),
         "prediction": describe(teacher.denoiser.prediction),
     }
     if isinstance(teacher.condition, Prompts):
         record["prompts"] = teacher.condition.digest
+    parts = part_digests(teacher.codec, teacher.condition, teacher.path)
+    if parts:
+        record["parts"] = parts
     return record | teacher.record_options()
 
 

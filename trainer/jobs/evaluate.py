@@ -26,7 +26,7 @@ from trainer.jobs.options import (
     SamplingOptions,
 )
 from trainer.jobs.run_sampler import RunSampler, tile_images
-from trainer.jobs.sampling_model import check_guidance_options
+from trainer.jobs.sampling_model import check_frozen_parts, check_guidance_options
 from trainer.metrics.classifier import load_or_train_classifier
 from trainer.metrics.extractor import Extractor, FeatureFunction, ResizeFilter
 from trainer.metrics.sample_distances import frechet_distance, nearest_distance, recall
@@ -361,7 +361,8 @@ def evaluate(
         steps: numbers of steps of the sampler.
         samples: number of samples at each number of steps.
         teacher: the run or checkpoint that the run was distilled from. It is sampled from the same
-            noises, with the largest number of steps and the same options.
+            noises, with the largest number of steps and the same options. It must have the run's
+            codec and text encoders.
         teacher_guidance: guidance scale of the teacher: the one that the student learnt.
         extractor: measure distances in the features of your network instead: a transformers folder
             (CLIP, DINO, ViT), or a TorchScript file, which contains code that is executed: take it
@@ -390,6 +391,13 @@ def evaluate(
     teacher_sampler = None
     if teacher:
         teacher_sampler = RunSampler(teacher, sampling, teacher_guidance, seed, state.device)
+        check_frozen_parts(
+            f"teacher: {teacher}",
+            teacher_sampler.codec,
+            teacher_sampler.condition,
+            run_sampler.model,
+            "give the run that this one was distilled from",
+        )
         run_samplers.append(teacher_sampler)
     check_guidance_options(sampling, [one.model for one in run_samplers])
     names: dict[Path, AnySampler] = {}

@@ -12,8 +12,9 @@ import torch
 from data.files import canonical, digest
 from data.latents import Latents
 from data.pairs import PairWriter
-from models.codec import KL
+from data.shards import identify_shards
 from models.condition import ClassLabel, Unconditional
+from trainer.compatibility import check_latents_codec
 from trainer.jobs import job
 from trainer.jobs.collect import ShardContent, provenance, sample_batches, write_missing_shards
 from trainer.jobs.options import DEFAULT_SAMPLING, DeterministicSampler, SamplingOptions
@@ -37,12 +38,7 @@ def check_latents(source: Latents, teacher: SamplingModel) -> None:
 
     # Codec; the manifest of latents that were not made by `rectify encode` has none.
     manifest = source.manifest
-    codec = teacher.codec
-    if isinstance(codec, KL) and manifest.get("codec", codec.weights()) != codec.weights():
-        raise ValueError(
-            f"latents: {source} was encoded with another codec than that of {teacher.path}; "
-            "give the latents it was trained on"
-        )
+    check_latents_codec(manifest, f"latents: that of {teacher.path}", teacher.codec, source)
 
     # Classes.
     classes = len(manifest.get("classes") or [])
@@ -100,7 +96,6 @@ def invert(
     evaluations = integrator.nfe(model.guide(guidance), inverse=True)
 
     # What the set is: another plan in the same folder is an error.
-    checksums = [record["sha256"] for record in source.manifest["shards"]]
     plan = {
         **provenance(model),
         "sampler": sampler,
@@ -108,7 +103,7 @@ def invert(
         "guidance": guidance,
         "batch": batch,
         "dtype": "float16",
-        "latents": digest(canonical(checksums)),
+        "latents": digest(canonical(identify_shards(source.manifest))),
     }
     writer = PairWriter(out, plan, len(source.reader), None, model.denoiser.shape, shard)
 

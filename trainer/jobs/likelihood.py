@@ -22,7 +22,7 @@ from models.condition import Condition
 from models.denoiser import Denoiser
 from models.diffusers.text import with_prompts
 from models.likelihood import AdaptiveSolver, Exact, Hutchinson, bits_per_dim, log_prob
-from trainer.compatibility import check_density_data
+from trainer.compatibility import check_density_data, check_latents_codec
 from trainer.jobs.device import choose_device
 from trainer.run_log import read_log
 
@@ -177,7 +177,9 @@ def load_density(
         shape = flow.shape
         weights = list(flow.parameters())
     elif "denoiser" in checkpoint["rectify"]:
-        denoiser, _, condition = load_checkpoint(file)
+        denoiser, codec, condition = load_checkpoint(file)
+        if isinstance(data, Latents):
+            check_latents_codec(data.manifest, f"run: that of {run}", codec, data)
         condition = with_prompts(condition, prompts, run)
         density = denoiser_density(denoiser.to(device), condition, settings, device)
         name = f"{denoiser.interpolant!r} + {denoiser.prediction!r}"

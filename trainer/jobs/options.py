@@ -10,8 +10,8 @@ DeterministicSampler = Literal[
 ]
 AnySampler = Literal[DeterministicSampler, "Ancestral", "EulerMaruyama", "Renoising"]
 
-# Functions of models.sampler.grids.
-Grid = Literal["uniform", "karras", "lambda", "trailing", "shifted"]
+# Functions of models.sampler.grids, and the grid of a pipeline's scheduler.
+Grid = Literal["uniform", "karras", "lambda", "trailing", "shifted", "scheduler"]
 
 # Classes of models.interpolant that need no arguments.
 InterpolantName = Literal[
@@ -27,7 +27,7 @@ InterpolantName = Literal[
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Guidance, times of the steps, interpolant, prompts.
+    """Guidance, times of the steps, interpolant, prompts, precision.
 
     Args:
         guidance: guidance scale w of u + w (c - u), where c is the network's output and u its
@@ -44,6 +44,7 @@ class SamplingOptions:
             (sigma / alpha)^(1/7), from at most 80 to .002 (EDM). lambda: equal steps of
             log(alpha / sigma) (DPM-Solver). trailing: levels of a discrete chain, beginning with
             the noisiest (Lin et al. 2023). shifted: uniform times, moved by `grid_shift`.
+            scheduler: those of the scheduler in a pipeline's folder.
         grid_shift: shift of the shifted grid, logit t' = logit t + log shift; above 1 there are
             more steps at high noise (Stable Diffusion 3 has 3).
         edges: window edges of a phased student, falling from 1 to 0, if its windows are not equal.
@@ -54,6 +55,10 @@ class SamplingOptions:
         prompts: for a text-to-image network: a text file with one prompt on each line, used in
             turn (`invert` needs one for each class); by default the prompts that the network was
             trained on.
+        negative_prompt: for a text-to-image network: the text of u, which guidance leads away from;
+            by default none, as the network was trained.
+        dtype: of the weights and the arithmetic of network and text encoders; bfloat16 halves their
+            memory. States and the codec are float32.
     """
 
     guidance: float = 1.0
@@ -65,6 +70,8 @@ class SamplingOptions:
     edges: list[float] | None = None
     interpolant: InterpolantName | None = None
     prompts: Path | None = None
+    negative_prompt: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if self.edges and self.grid != "uniform":
@@ -75,6 +82,16 @@ class SamplingOptions:
             raise ValueError(
                 f"edges is {self.edges} and interpolant is {self.interpolant}; edges are times of "
                 "the network's own interpolant: omit one"
+            )
+        if self.interpolant and self.grid == "scheduler":
+            raise ValueError(
+                f"interpolant is {self.interpolant} and grid is scheduler, whose levels are those "
+                "of the network's interpolant; omit one"
+            )
+        if self.negative_prompt is not None and self.autoguidance:
+            raise ValueError(
+                f"negative_prompt is {self.negative_prompt!r} and autoguidance is "
+                f"{self.autoguidance}; both set u: omit one"
             )
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
@@ -104,6 +121,8 @@ class SamplingOptions:
             changes["guidance_rescale"] = self.guidance_rescale
         if self.autoguidance:
             changes["autoguidance"] = str(self.autoguidance)
+        if self.negative_prompt is not None:
+            changes["negative_prompt"] = self.negative_prompt
         return changes
 
 

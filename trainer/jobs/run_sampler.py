@@ -4,16 +4,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from data.noise import noises, step_noise
-from models.checkpoint import fingerprint
 from models.codec import to_uint8
 from models.sampler import Sampler
 from trainer.conditions import encode_condition, requested_conditions
 from trainer.jobs.options import AnySampler, SamplingOptions
 from trainer.jobs.sampling_model import SamplingModel
+
+GAP = 2  # pixels between the images of a grid
 
 
 class SampleInputs(NamedTuple):
@@ -60,7 +62,7 @@ class RunSampler:
         self.denoiser = self.model.guide(guidance)
         self.condition = self.model.condition
         self.codec = self.model.codec.to(device)
-        self.fingerprint = fingerprint(self.model.denoiser)
+        self.fingerprint = self.model.fingerprint
         self.shape = self.model.denoiser.shape
         self.run = run
         self.seed = seed
@@ -108,9 +110,10 @@ class RunSampler:
 
 
 def tile_images(images: Tensor, columns: int) -> Image.Image:
-    """Return images in [-1, 1], (B, C, H, W), as one grid."""
+    """Return images in [-1, 1], (B, C, H, W), as one grid with white gaps between them."""
+    tiles = F.pad(to_uint8(images), (0, GAP, 0, GAP), value=255)
     lines = []
-    for line in to_uint8(images).split(columns):
+    for line in tiles.split(columns):
         lines.append(torch.cat(list(line), dim=-1))
-    pixels = torch.cat(lines, dim=-2).permute(1, 2, 0)
+    pixels = torch.cat(lines, dim=-2)[:, :-GAP, :-GAP].permute(1, 2, 0)
     return Image.fromarray(pixels.squeeze(-1).numpy())

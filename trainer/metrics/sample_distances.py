@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 # torch.cdist's mode for exact distances: the fast one loses small distances to round-off.
 CDIST_MODE = "donot_use_mm_for_euclid_dist"
+ROWS = 1024  # of a matrix of distances that is in memory at once
 
 
 class _PrecomputedFeatures(nn.Identity):
@@ -66,12 +67,20 @@ def recall(real: Tensor, fake: Tensor, k: int = 3) -> float:
         real: features of real images, (n, d).
         fake: features of generated images, (m, d).
         k: neighbours that set the radius of a ball.
+
+    Raises:
+        ValueError: there are at most k fake features.
     """
+    if len(fake) <= k:
+        raise ValueError(
+            f"recall and precision need more than {k} images of each kind, got {len(fake)}"
+        )
+    real, fake = _centre(real, fake)
     # Each point is its nearest neighbour itself, hence k + 1.
-    neighbours = torch.cdist(fake, fake).kthvalue(k + 1, dim=1)
-    inside = torch.cdist(real, fake) <= neighbours.values
-    covered = inside.any(1).float()
-    return covered.mean().item()
+    radii = [torch.cdist(part, fake).kthvalue(k + 1, dim=1).values for part in fake.split(ROWS)]
+    radius = torch.cat(radii)
+    inside = [(torch.cdist(part, fake) <= radius).any(1) for part in real.split(ROWS)]
+    return torch.cat(inside).float().mean().item()
 
 
 def nearest_distance(real: Tensor, fake: Tensor) -> float:
@@ -84,5 +93,15 @@ def nearest_distance(real: Tensor, fake: Tensor) -> float:
         real: features of real images, (n, d).
         fake: features of generated images, (m, d).
     """
-    nearest = torch.cdist(fake, real).min(1).values
-    return nearest.mean().item()
+    real, fake = _centre(real, fake)
+    nearest = [torch.cdist(part, real).min(1).values for part in fake.split(ROWS)]
+    return torch.cat(nearest).mean().item()
+
+
+def _centre(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both sets in float64, moved so that the mean of the real ones is 0.
+
+    The fast mode of torch.cdist takes |a|^2 - 2 a b + |b|^2, which far from 0 loses the distances.
+    """
+    centre = real.double().mean(0)
+    return real.double() - centre, fake.double() - centre

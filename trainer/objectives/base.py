@@ -46,6 +46,9 @@ class Objective(ABC):
     uses_jvp = False
     """Whether it differentiates the network in forward mode, which excludes recomputation."""
 
+    teaches_jumps = True
+    """Whether it teaches a two-time network to jump; if not, samplers give it one time."""
+
     learning_rate_ratio = 1.0
     """Learning rate of the objective's networks, relative to that of the denoiser."""
 

@@ -52,6 +52,8 @@ class Matching(Objective):
         distance: of y_hat - y; squared by default.
     """
 
+    teaches_jumps = False
+
     def __init__(
         self,
         times: TimeDistribution | None = None,

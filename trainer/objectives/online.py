@@ -66,6 +66,7 @@ class Online(Objective):
         self.sampler = DDIM(steps)
         self.seed = seed
         self.uses_jvp = inner.uses_jvp
+        self.teaches_jumps = inner.teaches_jumps
         self.learning_rate_ratio = inner.learning_rate_ratio
 
     @property

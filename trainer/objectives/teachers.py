@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from models.checkpoint import load_checkpoint
+from models.codec import describe_codec
 from models.condition import Condition, Unconditional
 from models.denoiser import Denoiser
 from models.description import identity
@@ -29,6 +30,7 @@ class FrozenTeacher:
         model = load_checkpoint(run)
         self.denoiser = model.denoiser
         self.condition = model.condition
+        self.codec = describe_codec(model.codec)  # what identifies the codec of its latents
 
     def for_student(
         self, student: DenoiserLike, like: Tensor, interpolant: Interpolant | None = None
@@ -79,10 +81,12 @@ class EMADenoiser(DenoiserWrapper):
             )
         self.denoiser = denoiser
         self.averages = denoiser.averages
+        self.dtypes = {name: value.dtype for name, value in denoiser.state_dict().items()}
 
     def forward(self, *args: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return (x_hat, eps_hat), shapes (B, C, H, W)."""
-        return torch.func.functional_call(self.denoiser, self.averages, args)
+        averages = {name: value.to(self.dtypes[name]) for name, value in self.averages.items()}
+        return torch.func.functional_call(self.denoiser, averages, args)
 
 
 class EMATeacher:

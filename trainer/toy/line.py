@@ -126,7 +126,7 @@ def make_flow_row(eps: Tensor, interpolant: Interpolant, sampler: Sampler, seed:
     )
     if not sampler.is_stochastic:
         caption += ". Dashed: the flow itself, in closed form: F_t(x_t) is constant"
-    return LineRow(exact, sampler.times, found.states, caption)
+    return LineRow(exact, sampler.grid(interpolant), found.states, caption)
 
 
 def draw_trajectories(axes: Axes, row: LineRow, with_flow: bool) -> None:

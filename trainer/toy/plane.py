@@ -61,7 +61,7 @@ def integrate(sampler: Sampler, denoiser: Denoiser, eps: Tensor, seed: int) -> l
             "use more steps, or another interpolant or prediction"
         )
     scaled = []
-    for x, t in zip(states, sampler.times):
+    for x, t in zip(states, sampler.grid(denoiser.interpolant)):
         size = state_scale(denoiser.interpolant, t)
         scaled.append((x / size).flatten(1).numpy())
     return scaled

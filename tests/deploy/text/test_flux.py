@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 import deploy.export
 from data.pairs import PairSet
 from models.checkpoint import load_checkpoint
+from tests.deploy.text.conftest import assert_diffusers_loads_adapters
 from tests.helpers.commands import succeed
 from tests.helpers.training import study_config, train
 
@@ -63,6 +64,11 @@ def test_pairs_equal_the_pipelines_samples_at_the_same_scale(folder, pairs):
     other = sample_with_diffusers(folder, noise, guidance=1.0)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2)
     assert (other - theirs).norm() > 10 * (ours - theirs).norm()
+
+
+def test_diffusers_loads_adapters_alone(folder, tmp_path):
+    pytest.importorskip("peft", reason="needs peft: pip install 'rectify[lora]'")
+    assert_diffusers_loads_adapters(folder, tmp_path / "lora")
 
 
 def test_a_guided_step_costs_one_evaluation(pairs):

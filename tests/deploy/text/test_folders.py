@@ -12,9 +12,10 @@ import torch
 from models.checkpoint import fingerprint, load_checkpoint
 from models.diffusers.networks import Pretrained
 from models.diffusers.pipeline import find_components
-from models.diffusers.text import Prompts
-from tests.deploy.text.conftest import TEXTS
+from models.diffusers.text import Prompts, copy_untrained
+from tests.deploy.text.conftest import TEXTS, assert_diffusers_loads_adapters, words_to_pair
 from tests.helpers.refusals import assert_refused, refused
+from tests.helpers.teachers import edit_json
 from tests.helpers.training import fit_words, study_config
 from trainer.module import Generator
 
@@ -25,17 +26,6 @@ transformers = pytest.importorskip(
 from tests import published  # noqa: E402  (it needs transformers)
 
 CPU = torch.device("cpu")
-
-
-def edit_json(file: Path, **changes: Any) -> None:
-    """Change entries of a JSON file."""
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
-def words_to_pair(teacher: Path, out: Path, *words: object) -> tuple[object, ...]:
-    """Return the command that collects eight pairs from a teacher."""
-    common = ("--teacher", teacher, "--out", out, "--pairs", "8", "--steps", "1")
-    return ("collect", *common, *words)
 
 
 def test_a_text_teacher_without_prompts_is_refused(folder, tmp_path, capfd):
@@ -191,7 +181,8 @@ def test_the_conditions_text_model_must_be_the_networks(folder, tmp_path):
     Generator(denoiser, condition=Prompts(str(folder)))
 
     other = shutil.copytree(folder, tmp_path / "other")
-    encoder = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
+    kind = json.loads((folder / "model_index.json").read_text())["text_encoder"][1]
+    encoder = getattr(transformers, kind).from_pretrained(folder / "text_encoder")
     torch.nn.init.normal_(encoder.get_input_embeddings().weight)
     encoder.save_pretrained(other / "text_encoder")
     if Prompts(str(folder)).zero_if_empty:
@@ -321,6 +312,33 @@ def test_without_sentencepiece_its_tokenizer_is_refused(sentencepiece_folder, mo
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with refused("tokenizer", "sentencepiece", "pip install 'rectify[text]'"):
         Prompts(str(sentencepiece_folder)).encode(["a cat"], CPU)
+
+
+@pytest.mark.parametrize("folder", ["sd", "sdxl", "sd3"], indirect=True)
+def test_diffusers_loads_adapters_alone(folder, tmp_path):
+    pytest.importorskip("peft", reason="needs peft: pip install 'rectify[lora]'")
+    assert_diffusers_loads_adapters(folder, tmp_path / "lora")
+
+
+@pytest.mark.parametrize(
+    ("weights", "copied"),
+    [
+        (("model.safetensors", "model.fp16.safetensors"), {"model.safetensors"}),
+        (("model.fp16.safetensors",), {"model.safetensors"}),
+        (("model.safetensors", "pytorch_model.bin", "model.onnx"), {"model.safetensors"}),
+    ],
+    ids=["a variant beside", "a variant alone", "other formats"],
+)
+def test_only_the_weights_that_are_read_are_copied(tmp_path, weights, copied):
+    source = tmp_path / "source"
+    (source / "text_encoder").mkdir(parents=True)
+    index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "Clip"]}
+    (source / "model_index.json").write_text(json.dumps(index))
+    for name in ("config.json", ".cache", *weights):
+        (source / "text_encoder" / name).write_text(name)
+    assert copy_untrained(source, tmp_path) == {"text_encoder": ["transformers", "Clip"]}
+    found = {path.name for path in (tmp_path / "text_encoder").iterdir()}
+    assert found == {"config.json", *copied}
 
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(folder, tmp_path):

@@ -1,5 +1,6 @@
 """Text-to-image teachers, e.g. Stable Diffusion: their pairs, and students for plain diffusers."""
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -42,11 +43,15 @@ torch.save(torch.from_numpy(images), sys.argv[2])
 """
 
 
-def sample_at_guidance_five(folder: Path, texts: list[str], noise: torch.Tensor) -> torch.Tensor:
+def sample_at_guidance_five(
+    folder: Path, texts: list[str], noise: torch.Tensor, negative: str | None = None
+) -> torch.Tensor:
     """Return the latents that the plain pipeline draws in five steps at guidance 5, on our grid."""
     pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     settings: dict[str, Any] = {"guidance_scale": 5.0, "num_inference_steps": 5}
+    if negative is not None:
+        settings["negative_prompt"] = [negative] * len(texts)
     kind = type(pipe).__name__
     if "StableDiffusion3" in kind:
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
@@ -69,8 +74,7 @@ def test_every_pair_is_what_the_pipeline_itself_draws_from_its_text(folder, pair
     assert lines == [i % 5 for i in range(16)]
 
     # The same noise, text, scale and grid give the same latents.
-    sigma = load_checkpoint(folder)[0].interpolant(torch.ones(()))[1]  # a chain ends just below 1
-    noise = sigma * torch.stack([pair["noise"] for pair in stored])
+    noise = draw_noise(folder, pairs)
     ours = torch.stack([pair["sample"] for pair in stored])
     theirs = sample_at_guidance_five(folder, [TEXTS[line] for line in lines], noise)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2)
@@ -79,6 +83,47 @@ def test_every_pair_is_what_the_pipeline_itself_draws_from_its_text(folder, pair
     other = sample_at_guidance_five(folder, [TEXTS[(line + 1) % 5] for line in lines], noise)
     gap = (ours - theirs).flatten(1).norm(dim=1)
     assert ((other - theirs).flatten(1).norm(dim=1) > 10 * gap).all()
+
+
+def draw_noise(folder: Path, pairs: Path) -> torch.Tensor:
+    """Return the states at which the pipeline began the pairs of a set."""
+    sigma = load_checkpoint(folder)[0].interpolant(torch.ones(()))[1]  # a chain ends just below 1
+    stored = PairSet(pairs)
+    return sigma * torch.stack([stored[i]["noise"] for i in range(len(stored))])
+
+
+@pytest.mark.parametrize("negative", ["zebra", ""])
+def test_guidance_leads_away_from_a_negative_prompt(folder, prompts, tmp_path, negative):
+    words = ("--prompts", prompts, "--pairs", "2", "--steps", "5", "--guidance", "5")
+    succeed(
+        *("collect", "--teacher", folder, "--out", tmp_path / "set", *words),
+        *("--negative_prompt", negative),
+    )
+    found = PairSet(tmp_path / "set")
+    assert found.manifest["negative_prompt"] == negative
+    ours = torch.stack([found[i]["sample"] for i in range(2)])
+    noise = draw_noise(folder, tmp_path / "set")
+    theirs = sample_at_guidance_five(folder, TEXTS[:2], noise, negative)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2)
+    if negative:
+        other = sample_at_guidance_five(folder, TEXTS[:2], noise)
+        assert (other - theirs).norm() > 10 * (ours - theirs).norm()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--guidance", "1", "--negative_prompt", "a cat"), ("negative_prompt", "guidance is 1")),
+        (("--guidance", "5", "--negative_prompt", "red dog " * 70), ("negative_prompt", "tokens")),
+    ],
+    ids=["no guidance", "too long"],
+)
+def test_a_negative_prompt_without_effect_is_refused(
+    folder, prompts, tmp_path, capfd, words, named
+):
+    base = ("collect", "--teacher", folder, "--out", tmp_path / "set", "--prompts", prompts)
+    assert_refused(capfd, (*base, "--pairs", "2", *words), *named)
+    assert not (tmp_path / "set").exists()
 
 
 def test_without_a_text_the_network_reads_the_empty_one(folder, prompts):
@@ -161,6 +206,19 @@ def assert_delta_restores(run: str, base: Path, folder: Path) -> None:
     assert fingerprint(one) == fingerprint(two)
 
 
+def assert_encoders_are_copied(folder: Path, out: Path) -> None:
+    """Assert that an export has the tokenizers and text encoders of a teacher, byte for byte."""
+    expected, found = (
+        json.loads((path / "model_index.json").read_text()) for path in (folder, out)
+    )
+    parts = [name for name in expected if name.startswith(("tokenizer", "text_encoder"))]
+    for name in parts:
+        assert found[name] == expected[name]
+        files = [path for path in (folder / name).iterdir() if expected[name][0]]
+        for path in files:
+            assert (out / name / path.name).read_bytes() == path.read_bytes(), path
+
+
 def assert_adapters_alone_restore(out: Path, base: Path, prompts: Path) -> None:
     """Assert that peft puts exported adapters into the base's network."""
     import peft
@@ -175,6 +233,17 @@ def assert_adapters_alone_restore(out: Path, base: Path, prompts: Path) -> None:
         found = denoiser(x_t, t, encoded)[0]
         expected = load_checkpoint(out)[0](x_t, t, encoded)[0]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    # The pipeline with adapters makes the images of the merged one.
+    merged = DiffusionPipeline.from_pretrained(out)
+    pipe = DiffusionPipeline.from_pretrained(base, scheduler=merged.scheduler)
+    pipe.load_lora_weights(out / "lora")
+    settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "np"}
+    images = []
+    for each in (merged, pipe):
+        each.set_progress_bar_config(disable=True)
+        images.append(each(["zebra"], generator=torch.manual_seed(7), **settings).images)
+    assert np.abs(images[0] - images[1]).max() < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -200,11 +269,16 @@ def test_a_student_goes_back_to_plain_diffusers(student, folder, prompts, tmp_pa
     assert (ours - sample_with_rectify(folder, prompts)).abs().max() > 1e-3
 
     # The folder has a plain index, the gap to our images, and a card that uses texts.
+    assert_encoders_are_copied(folder, out)
     index = json.loads((out / "model_index.json").read_text())
     assert "_name_or_path" not in index
     assert not index.get("requires_safety_checker")
     assert read_json(out / "export.json")["max_abs_diff"] < 1e-4
-    assert '["a prompt"]' in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert '["a prompt"]' in card
+    assert "pipeline_tag: text-to-image" in card
+    default = inspect.signature(DiffusionPipeline.from_pretrained(out).__call__)
+    assert f"guides at {default.parameters['guidance_scale'].default:g}" in card
 
     # The difference to the teacher is a delta, or the adapters.
     if not lora:
@@ -263,3 +337,25 @@ def test_a_text_model_is_measured_on_images_without_labels(folder, prompts, tmp_
     assert found["1"]["nfe"] == 2
     assert found["2"]["nfe"] == 4
     assert all(row["fd"] > 0 and "accuracy" not in row for row in found.values())
+
+
+def test_a_teacher_in_half_precision_gives_nearly_the_same_pairs(folder, prompts, pairs, tmp_path):
+    words = ("--prompts", prompts, "--pairs", "16", "--steps", "5", "--guidance", "5")
+    out = tmp_path / "set"
+    succeed("collect", "--teacher", folder, "--out", out, *words, "--dtype", "bfloat16")
+    found = PairSet(out)
+    expected = PairSet(pairs)
+    assert found.manifest["network_dtype"] == "bfloat16"
+    assert found.manifest["teacher"] == expected.manifest["teacher"]
+    one, two = (torch.stack([each[i]["sample"] for i in range(16)]) for each in (found, expected))
+    assert 1e-4 < (one - two).norm() / two.norm() < 0.1
+
+
+def test_text_encoders_in_half_precision_are_others(folder, prompts):
+    half = Prompts(str(folder), str(prompts))
+    half.encoder_dtype = torch.bfloat16
+    whole = Prompts(str(folder), str(prompts))
+    found = half(torch.tensor([0, 1]))
+    expected = whole(torch.tensor([0, 1]))
+    assert found.dtype == torch.float32
+    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.1
