@@ -1,5 +1,6 @@
 """Folders of images: which files are images, and which classes the subfolders are."""
 
+import heapq
 import os
 import re
 from collections import Counter
@@ -111,17 +112,19 @@ def scan_folder(folder: Path, passed_over: Counter[str]) -> tuple[list[PurePath]
         passed_over: counts everything else, by kind.
     """
     images: list[PurePath] = []
-    folders: list[PurePath] = []
-    remaining: list[tuple[PurePath, frozenset[tuple[int, int]]]] = [(PurePath(), frozenset())]
+    folders: set[PurePath] = set()
+    read: set[tuple[int, int]] = set()
+    remaining = [(0, PurePath())]  # with the number of links in the path: they come last
     while remaining:
-        # A link may lead back to a folder above it.
-        subfolder, above = remaining.pop()
+        # A link may lead to a folder that is read already, above it or beside it.
+        links, subfolder = heapq.heappop(remaining)
         status = (folder / subfolder).stat()
         identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            passed_over["links to a folder above"] += 1
-            folders.remove(subfolder)
+        if identity in read:
+            passed_over["links to a folder that is read already"] += 1
+            folders.discard(subfolder)
             continue
+        read.add(identity)
 
         with os.scandir(folder / subfolder) as entries:
             for entry in entries:
@@ -131,8 +134,8 @@ def scan_folder(folder: Path, passed_over: Counter[str]) -> tuple[list[PurePath]
                 elif entry.name.startswith("."):
                     passed_over["hidden"] += 1
                 elif entry.is_dir():
-                    folders.append(name)
-                    remaining.append((name, above | {identity}))
+                    folders.add(name)
+                    heapq.heappush(remaining, (links + entry.is_symlink(), name))
                 elif entry.is_file() and is_image(folder / name):
                     images.append(name)
                 else:

@@ -35,6 +35,7 @@ class Owner(NamedTuple):
     world: int = 1  # processes
     since: str = ""
     token: str = ""  # tells leases apart
+    inode: int = 0  # of the folder: a copied one has no owner
 
     def __str__(self) -> str:
         job = f", job {self.job}" if self.job else ""
@@ -58,6 +59,8 @@ class Lease:
     def __init__(self, folder: Path, world: int):
         self.folder = folder
         self.path = folder / NAME
+        self.is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
         self.me = Owner(
             space=process_space(),
             host=os.uname().nodename,
@@ -67,6 +70,7 @@ class Lease:
             world=world,
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
             token=secrets.token_hex(8),
+            inode=folder.stat().st_ino,
         )
         self.ended = threading.Event()
         while not self._create():
@@ -74,12 +78,13 @@ class Lease:
         threading.Thread(target=self._renew, daemon=True).start()
 
     def release(self) -> None:
-        """Give the folder free; remove it if there is nothing in it."""
+        """Give the folder free; remove it if it is new, and there is nothing in it."""
         self.ended.set()
         if read_owner(self.path) == self.me:
             self.path.unlink(missing_ok=True)
-        with suppress(OSError):  # it holds files
-            self.folder.rmdir()
+        if self.is_new:
+            with suppress(OSError):  # it holds files
+                self.folder.rmdir()
 
     def _create(self) -> bool:
         """Write the lease; return False if there is one."""
@@ -104,7 +109,10 @@ class Lease:
         if owner == UNKNOWN and age < WRITING_SECONDS:
             time.sleep(0.1)  # it is just being written
             return
-        if owner.space == self.me.space:
+        is_copied = owner.inode not in (0, self.me.inode)
+        if is_copied:
+            is_dead = True
+        elif owner.space == self.me.space:
             is_dead = process_start(owner.process) != owner.started
         else:
             is_dead = self._expires(owner, age)
@@ -126,6 +134,8 @@ class Lease:
             return
         if read_owner(stale) == owner:
             end = "has ended" if owner.space == self.me.space else "seems to have ended"
+            if is_copied:
+                end = "works in the folder that this is a copy of"
             text = f"which {end}; its last sign of life was {age:.0f} s ago"
             print(f"rectify: {self.folder}: taken over from {owner}, {text}", file=sys.stderr)
         elif not self.path.exists():

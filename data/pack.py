@@ -28,7 +28,7 @@ from data.shards import ShardWriter
 
 HOLDOUT_SEED = 0
 # What a mended folder changes in a plan, or an option without which it was refused.
-DERIVED = ("source", "listing", "classes", "count", "white", "background")
+DERIVED = ("source", "listing", "classes", "count", "size", "grey", "white", "background")
 SHOWN_NAMES = 10  # unreadable images that an error names
 
 

@@ -197,7 +197,8 @@ def describe_bits(image: Image.Image) -> Bits:
     """
     if not isinstance(image, ImageFile.ImageFile):
         return Bits(sixteen=False, white=None, inverted=False)
-    sixteen = any(";16" in str(tile.args) for tile in image.tile)
+    modes = " ".join(str(tile.args) for tile in image.tile)
+    sixteen = ";16" in modes and "BGR;16" not in modes  # these are 16 bits of a whole pixel
     if image.format == "PPM" and image.mode == "I":
         return Bits(sixteen, 65535, inverted=False)  # Pillow scales by the file's largest value
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -235,7 +236,7 @@ def reduce_bits(image: Image.Image, bits: Bits, white: float | None) -> Image.Im
     Args:
         image: of mode I, I;16, I;16B or F.
         bits: what its file says of them.
-        white: the value of white; None: what the file says, or 65535 for 16 bits.
+        white: the value of white if the file does not say it; None: 65535 for 16 bits.
 
     Raises:
         ValueError: the value of white is not known, or others are outside 0 .. white.
@@ -248,7 +249,7 @@ def reduce_bits(image: Image.Image, bits: Bits, white: float | None) -> Image.Im
     has = f"{kind} values from {low:.9g} to {high:.9g}"
     if not np.isfinite(values).all():
         raise ValueError(f"has {kind} values that are not finite; repair it")
-    white = white or bits.white
+    white = bits.white or white
     if white is None and (kind == "uint16" or image.format == "PNG"):
         white = 65535
         if 0 < high < DARK:
@@ -265,6 +266,10 @@ def reduce_bits(image: Image.Image, bits: Bits, white: float | None) -> Image.Im
         )
     if white is None or low < 0:
         raise ValueError(f"has {has}; convert it to 8 bits, in which 0 is black")
+    if 0 < high < white / 255:
+        raise ValueError(
+            f"has {has}, all black if `white` is {white:g}; convert the image to 8 bits"
+        )
     if high > white:
         raise ValueError(
             f"has {has}, above `white`, which is {white:g}; set it to {suggest_white(high)}, or "

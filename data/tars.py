@@ -71,6 +71,7 @@ class ChosenSamples(NamedTuple):
     samples: list[tuple[str, Spans]]  # key and spans; an image is under its last suffix
     missing: int  # samples that lack it
     reason: str  # what the first of them lacks
+    extras: dict[str, PassedOver]  # fields such as seg.png that only some samples have
 
 
 def field_kind(field: str) -> str:
@@ -117,7 +118,7 @@ def choose_samples(contents: TarContents, url: str, field: str | None) -> Chosen
     # The samples that have it.
     names = set(wanted)
     samples: list[tuple[str, Spans]] = []
-    extras: dict[str, PassedOver] = {}  # fields such as v2.jpg, with the key of the first
+    dotted_fields: dict[str, PassedOver] = {}  # such as v2.jpg, with the key of the first
     missing = 0
     reason = ""
     for key, spans in contents.samples:
@@ -133,16 +134,22 @@ def choose_samples(contents: TarContents, url: str, field: str | None) -> Chosen
             continue
         samples.append((key, _keep_chosen(spans, found[0])))
         for name in dotted:
-            first, count = extras.get(name, (key, 0))
-            extras[name] = PassedOver(first, count + 1)
+            first, count = dotted_fields.get(name, (key, 0))
+            dotted_fields[name] = PassedOver(first, count + 1)
 
-    # A field such as seg.png belongs to every sample. Others are images with a dot in their names.
-    for name, (key, count) in extras.items():
-        if count < len(samples) and not field:
-            missing += count
+    # A field such as seg.png belongs to several samples. A single one is an image with a dot in
+    # its name.
+    extras: dict[str, PassedOver] = {}
+    for name, (key, count) in dotted_fields.items():
+        if count == len(samples) or field:
+            continue
+        if count > 1:
+            extras[name] = PassedOver(f"{key}.{name}", count)
+        else:
+            missing += 1
             reason = reason or f"{key}.{name}: {FIRST_DOT}; rename it, or {NAME_FIELD}"
     kind = field_kind(wanted[0]) if samples else None
-    return ChosenSamples(kind, samples, missing, reason)
+    return ChosenSamples(kind, samples, missing, reason, extras)
 
 
 def is_dotted(field: str, wanted: tuple[str, ...]) -> bool:
@@ -243,6 +250,8 @@ class Tar:
         chosen = choose_samples(contents, url, field)
         self.samples = chosen.samples
         self.images = chosen.kind == "images"
+        for name, extra in chosen.extras.items():
+            self.passed_over[f".{name} is a field of some samples alone"] = extra
         if not self.samples and not (contents.complete and not contents.samples):
             present = sorted({name for _, spans in found for name in spans})
             raise ValueError(

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, DiTPipeline, EulerDiscreteScheduler
 from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 
-from data.files import atomic_folder, canonical, checksummed_json, digest, errors_named, read_json
+from data.files import atomic_folder, checksummed_json, errors_named, read_json
 from models.checkpoint import LoadedModel, fingerprint, load_checkpoint, newest_checkpoint
 from models.codec import KL
 from models.condition import ClassLabel
@@ -23,6 +23,7 @@ from models.diffusers.dit import NO_CLASS, to_diffusers_dit
 from models.diffusers.networks import LORA_LAYER, LORA_TARGETS, Pretrained
 from models.diffusers.parts import part_digest, read_config
 from models.diffusers.pipeline import (
+    codec_digest,
     part_digests,
     save_pipeline,
     to_diffusers_pipeline,
@@ -114,7 +115,7 @@ def digest_parts(run: Path, model: LoadedModel) -> dict[str, str]:
     """Return the digests of all that an export has beside the network, by name."""
     digests = part_digests(model.codec, model.condition, run)
     if isinstance(model.codec, KL):
-        digests["vae"] = digest(canonical(model.codec.identity()))
+        digests["vae"] = codec_digest(model.codec)
     if isinstance(model.condition, Prompts):
         folder = Path(model.condition.encoder)
         for name in find_checkers(folder):

@@ -54,6 +54,8 @@ def end_with_launcher() -> None:
         end_with_parent()
     launcher = os.environ.get(LAUNCHER)
     if launcher and not os.path.exists(f"/proc/{launcher}"):  # it has been killed meanwhile
+        text = f"process {launcher}, which {LAUNCHER} names as this one's launcher, has ended"
+        print(f"rectify: error: {text}; start it again", file=sys.stderr, flush=True)
         os._exit(KILLED_EXIT_CODE)
 
 

@@ -1,5 +1,6 @@
 """YAML files of users: a key that occurs twice is refused, and `~` is the home folder."""
 
+import json
 import os
 import re
 from argparse import Namespace
@@ -35,7 +36,9 @@ def read_yaml(path: Path) -> Any:
     with errors_named(path):
         text = path.read_text()
         check_nodes(yaml.compose(text, yaml.SafeLoader))
-        return yaml.safe_load(text)
+        content = yaml.safe_load(text)
+        json.dumps(content, default=str, skipkeys=True)  # refuses an alias inside its own anchor
+        return content
 
 
 def check_number(node: yaml.ScalarNode) -> None:
@@ -104,7 +107,7 @@ def config_files(args: Sequence[str]) -> list[Path]:
     files = []
     for word, following in zip(args, [*args[1:], ""]):
         name, equals, value = word.partition("=")
-        path = Path(value if equals else following).expanduser()
+        path = Path(os.path.expanduser(value if equals else following))
         if name in CONFIG_OPTIONS and path.is_file():
             files.append(path)
     return files
@@ -113,16 +116,16 @@ def config_files(args: Sequence[str]) -> list[Path]:
 def yaml_files(args: Sequence[str]) -> Iterator[Path]:
     """Yield the YAML files among a command's words, and those that these files name."""
     configs = config_files(args)
-    waiting = [*configs, *map(Path, args)]
+    waiting = [*map(str, configs), *args]
     found = set()
     while waiting:
-        path = waiting.pop(0).expanduser()
+        path = Path(os.path.expanduser(waiting.pop(0)))
         is_yaml = path in configs or path.suffix in (".yaml", ".yml")
         if path in found or not is_yaml or not path.is_file():
             continue
         found.add(path)
         yield path
-        waiting += map(Path, texts_of(read_yaml(path)))
+        waiting += texts_of(read_yaml(path))
 
 
 def texts_of(value: Any) -> Iterator[str]:

@@ -18,7 +18,7 @@ from models.condition import Condition
 from models.denoiser import Denoiser
 from models.description import build, describe
 from models.diffusers.networks import Pretrained
-from models.diffusers.pipeline import part_digests
+from models.diffusers.pipeline import codec_digest, part_digests
 from models.diffusers.text import Prompts
 from models.nets import Net
 from trainer.objectives.base import Objective
@@ -196,6 +196,8 @@ def check_parts(pairs: Pairs, codec: Codec, condition: Condition, initial: str |
     if not recorded:
         return
     found = part_digests(codec, condition, initial)
+    if isinstance(codec, KL):
+        found["vae"] = codec_digest(codec)
     for name, collected in recorded.items():
         if name in found and found[name] != collected:
             option = PART_OPTIONS.get(name, "model.condition.encoder")

@@ -279,8 +279,13 @@ def part_digests(codec: Codec, condition: Condition, folder: str | Path | None) 
     if folder and (Path(folder) / INDEX).is_file():
         digests["scheduler"] = part_digest(Path(folder) / "scheduler")
     if digests and isinstance(codec, KL):
-        digests["vae"] = digest(canonical(codec.identity()))
+        digests["vae"] = codec_digest(codec)
     return digests
+
+
+def codec_digest(codec: KL) -> str:
+    """Return the digest of what identifies a codec."""
+    return digest(canonical(codec.identity()))
 
 
 def to_diffusers_vae(codec: KL) -> "AutoencoderKL":

@@ -107,6 +107,15 @@ SOLVER_KEYS = (
     "sample_max_value",
     "upscale_mode",
 )
+# Types of values that the classes themselves do not check.
+KEY_TYPES: dict[str, tuple[type, ...]] = {
+    "beta_schedule": (str,),
+    "clip_sample_range": (int, float),
+    "prediction_type": (str,),
+    "timestep_spacing": (str,),
+    "timestep_type": (str,),
+    "trained_betas": (list, tuple),
+}
 # Keys that diffusers has no more, with the only value that computes the same today.
 FORMER_KEYS = {"predict_epsilon": True, "tensor_format": "pt"}
 # StableDiffusionPipeline changes these in its scheduler, whatever the file says.
@@ -202,6 +211,11 @@ def _check_values(path: Path, name: str, config: dict[str, Any], keys: dict[str,
     for key, value in config.items():
         if key not in applied and value != keys[key]:
             raise ValueError(f"{path}: {key} is {value}; of a {name} only {keys[key]} is supported")
+    for key, kinds in KEY_TYPES.items():
+        value = config.get(key)
+        if value is not None and not isinstance(value, kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{path}: {key} is {value!r}; it must be of type {names}")
     n = config["num_train_timesteps"]
     betas = config.get("trained_betas")
     if betas is not None and len(betas) != n:

@@ -42,7 +42,19 @@ def test_links_are_followed_once(tmp_path):
         "dog/2.png",
     ]
     assert found.labels == [0, 0, 1, 1]
-    assert dict(found.passed_over) == {"links to a folder above": 1}
+    assert dict(found.passed_over) == {"links to a folder that is read already": 1}
+
+
+def test_folders_that_link_each_other_are_read_once(tmp_path):
+    for i in range(12):
+        write(tmp_path, f"{i:02d}/0.png")
+    for i in range(12):
+        for k in range(12):
+            (tmp_path / f"{i:02d}/to{k:02d}").symlink_to(tmp_path / f"{k:02d}")
+    found = find_images(tmp_path)
+    assert [str(name) for name in found.names] == [f"{i:02d}/0.png" for i in range(12)]
+    assert found.labels == list(range(12))
+    assert dict(found.passed_over) == {"links to a folder that is read already": 144}
 
 
 def test_a_link_to_nothing_is_an_error(tmp_path):

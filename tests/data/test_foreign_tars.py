@@ -176,7 +176,7 @@ AMBIGUOUS = {
     ),
     "a mask in some samples": Layout(
         [tar(*three(), *(member(f"s{i}.seg.png", png(99)) for i in range(2)))],
-        named=("s0.seg.png", "field"),
+        ALL,
     ),
     "a mask in some samples, and a field": Layout(
         [tar(*three(), *(member(f"s{i}.seg.png", png(99)) for i in range(2)))],

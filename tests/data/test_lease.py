@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import threading
 import time
@@ -39,6 +40,21 @@ def test_a_release_keeps_what_is_in_the_folder(tmp_path):
     (tmp_path / "config.yaml").write_text("")
     held.release()
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_a_folder_that_the_user_made_is_kept(tmp_path):
+    Lease(tmp_path, 1).release()
+    assert tmp_path.is_dir()
+    Lease(tmp_path / "new", 1).release()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_copied_folder_has_no_owner(tmp_path, capfd):
+    lease = Lease(tmp_path / "run", 1)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    Lease(tmp_path / "copy", 1).release()
+    assert "copy" in capfd.readouterr().err
+    lease.release()
 
 
 def test_an_owner_that_died_on_this_machine_is_replaced_at_once(tmp_path, capfd):

@@ -1,6 +1,7 @@
 """Pixels: every kind of file is read alike by `pack`, an indexed set and sequential tars."""
 
 import io
+import struct
 import tarfile
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image, ImageOps
 from data.images import Images
 from data.index import index
 from data.pack import pack
-from data.pixels import PixelOptions, convert_image, open_image
+from data.pixels import PixelOptions, convert_image, open_image, pixels_of
 from data.sequential import SequentialTars
 from tests.data.odd_images import (
     SIZE,
@@ -133,6 +134,29 @@ def test_an_impossible_option_is_named(tmp_path, reader, option):
     (name, value), *_ = option.items()
     with refused(name, value, kind=ValueError):
         READERS[reader](tmp_path, {"a.png": encoded(quadrants(), "PNG")}, **option)
+
+
+def test_white_does_not_replace_what_a_file_declares(tmp_path):
+    levels = bytes([0x0F, 0xFF, 0x00, 0x00])  # of two bytes, the larger first
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 4095\n" + levels)
+    image = open_image(tmp_path / "a.pgm", ".pgm")
+    converted = convert_image(image, PixelOptions(grey=True, white=4095), "a.pgm")
+    assert pixels_of(converted).ravel().tolist() == [255, 0]
+
+
+def test_a_value_of_white_that_makes_an_image_black_is_refused():
+    image = Image.fromarray(np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4))
+    with refused("white", "65535", "black"):
+        convert_image(image, PixelOptions(white=65535), "a.tif")
+
+
+def test_a_dark_image_of_16_bits_a_pixel_is_no_image_of_16_bits_a_channel(tmp_path):
+    header = struct.pack("<2sIHHI", b"BM", 66 + 8, 0, 0, 66)
+    header += struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0)
+    header += struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    (tmp_path / "a.bmp").write_bytes(header + struct.pack("<4H", *(4 * [1 << 11])))
+    image = open_image(tmp_path / "a.bmp", ".bmp")
+    assert pixels_of(convert_image(image, PixelOptions(), "a.bmp"))[:, 0, 0].tolist() == [8, 0, 0]
 
 
 def test_values_above_white_are_refused():

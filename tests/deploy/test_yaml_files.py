@@ -8,7 +8,7 @@ import yaml
 
 from deploy.cli import parse_options
 from deploy.run import command, load, run
-from deploy.yaml_files import expand_home, read_yaml
+from deploy.yaml_files import expand_home, read_yaml, yaml_files
 from tests.helpers.commands import REPOSITORY, run_command
 from tests.helpers.refusals import assert_refused, refused
 from tests.helpers.training import QUIET, fit_words, small_config, spec
@@ -47,6 +47,20 @@ def test_a_number_that_yaml_reads_as_another_is_refused(tmp_path, number, value)
         read_yaml(path)
     path.write_text(f"a: '{number}'\nb: [0, 10, 0.5, 1e-4, 0x10]\nc: 00:01:00:00\n")
     assert read_yaml(path)["a"] == number
+
+
+@pytest.mark.parametrize("text", ["x: &x [*x]", "x: &x {y: *x}"])
+def test_an_alias_inside_its_anchor_is_refused(tmp_path, text):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with refused(path, "ircular"):
+        read_yaml(path)
+
+
+def test_a_text_may_begin_with_a_tilde(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("notes: ~10 epochs\n")
+    assert list(yaml_files([str(path), "~nobody-here/x.yaml"])) == [path]
 
 
 @pytest.mark.parametrize("name", ["x.yaml", "x.txt", "x.json"])

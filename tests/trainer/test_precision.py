@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
 from data.pack import pack
@@ -59,6 +60,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, half, tmp_path):
     for part in ("state_dict", "ema"):
         for name, value in half[part].items():
             assert torch.equal(value, resumed[part][name]), name
+
+
+class SpoiledStep(Callback):
+    """Makes the gradients of one step not finite."""
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 2:
+            for parameter in pl_module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(torch.nan)
+
+
+def test_a_step_that_is_not_finite_is_skipped(config, tmp_path):
+    callbacks = [*config["trainer"]["callbacks"], spec(f"{__name__}.SpoiledStep")]
+    spoiled = {**config, "trainer": {**config["trainer"], "callbacks": callbacks}}
+    run = train(spoiled, tmp_path / "run", *HALF, "--loss_guard.skip", "1", steps=4)
+    saved = read_checkpoint(newest_checkpoint(run), resume=True)
+    moments = saved["optimizer_states"][0]["state"].values()
+    assert all(moment["step"] == 3 for moment in moments)
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])

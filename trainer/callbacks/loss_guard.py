@@ -102,6 +102,7 @@ class LossGuard(Callback):
 
         # Skip the step.
         optimizer.zero_grad(set_to_none=True)
+        pl_module.zero_grad(set_to_none=True)  # weights of 16 bits have copies in the optimizer
         self.skipped += 1
         if self.skipped > self.skip:
             raise FloatingPointError(

@@ -14,14 +14,15 @@ from data.images import Images
 from data.latents import latent_sample
 from data.shards import ShardWriter, identify_shards
 from models.checkpoint import CODEC, newest_checkpoint, read_checkpoint
-from models.codec import CHECKSUMS, KL, load_codec
+from models.codec import CHECKSUMS, CODEC_ENTRIES, KL, load_codec
 from trainer.jobs import job
 
 log = logging.getLogger(__name__)
 SCALE_IMAGES = 16384  # evenly spaced images, at most, from which the latents' scale is measured
 CHECKED_IMAGES = 256  # of these the standard deviation is measured where a scale is kept
 UNIT_DEVIATION = (0.5, 2.0)  # a kept scale that gives latents another one is doubtful
-DERIVED = ("images", "codec", "classes", "count")  # what mended images or codecs change in a plan
+# What mended images or codecs change in a plan.
+DERIVED = ("images", "classes", "count", *CODEC_ENTRIES)
 CODEC_BATCH = 256  # images encoded at once
 
 
