@@ -56,7 +56,7 @@ from deploy.training_options import (
     describe_no_validation,
 )
 from deploy.yaml_files import check_yaml, expand_home
-from models.checkpoint import CHECKPOINT_SUFFIX, read_checkpoint
+from models.checkpoint import CHECKPOINT_SUFFIX, newest_checkpoint, read_checkpoint
 from trainer.callbacks.checkpoint import Checkpoints
 from trainer.callbacks.early_end import MEANT, find_stopping, recorded_reason, stopping_message
 from trainer.callbacks.keep_config import KeepConfig
@@ -236,6 +236,8 @@ class Fit(LightningCLI):
         if is_first_rank():
             hold(run, count_processes(config.trainer.devices, config.trainer.num_nodes))
         self.newest = find_start(run, resume)
+        if not self.newest:
+            check_initial(config.model)
         saved: dict[str, Any] = {}
         if self.newest:
             saved = read_checkpoint(self.newest, tensors=False)
@@ -309,6 +311,13 @@ class Fit(LightningCLI):
             )
         self.model.make_optimizer = optimizer
         self.model.make_lr_scheduler = self.config_init.lr_scheduler
+
+
+def check_initial(model: Namespace) -> None:
+    """Check that what a run starts from is there; a run that has begun does without it."""
+    initial = (model.get("init_args") or Namespace()).get("initial")
+    if initial and not Path(initial).exists():
+        newest_checkpoint(initial)  # its error names the way out
 
 
 def check_nested_values(words: Sequence[str], options: Collection[str]) -> None:

@@ -160,7 +160,9 @@ class Generator(OptimizedModule):
             check_same_texts(name, texts, self.condition)
         self.initial = initial
         self.teacher_hash: str | None = None
-        if initial:
+        # A run that has begun has the weights, and goes on without what it started from.
+        self.lacks_initial = bool(initial) and not Path(str(initial)).exists()
+        if initial and not self.lacks_initial:
             loaded = load_checkpoint(initial)
             source = loaded.denoiser
             check_same_codec(f"model.initial ({initial})", describe_codec(loaded.codec), self.codec)
@@ -276,6 +278,11 @@ class Generator(OptimizedModule):
             if isinstance(self.codec, KL):
                 with atomic_folder(run / CODEC) as folder:
                     self.codec.save(folder)
+
+    def on_train_start(self) -> None:
+        """Check that a run that begins has what it starts from."""
+        if self.initial and self.lacks_initial and self.trainer.global_step == 0:
+            load_checkpoint(self.initial)
 
     def check_data(self, source: BatchStream) -> None:
         """Check that a source fits the model, and record the guidance of pairs for checkpoints."""

@@ -10,12 +10,15 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
+from data.pairs import Pairs
 from models.checkpoint import fingerprint, load_checkpoint
-from models.codec import load_codec
+from models.codec import Identity, load_codec
+from models.condition import ClassLabel
 from models.diffusers.parts import part_digest
 from tests.helpers.commands import succeed
 from tests.helpers.refusals import assert_refused, refused
 from tests.helpers.teachers import edit_json
+from trainer.compatibility import check_parts
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -253,6 +256,12 @@ def test_pairs_record_the_parts_of_a_pipeline(folder, tmp_path):
     parts = json.loads((tmp_path / "pairs/manifest.json").read_text())["parts"]
     assert parts.keys() == {"scheduler", "vae"}
     assert parts["scheduler"] == part_digest(folder / "scheduler")
+
+    # a student that starts from nothing has the teacher's latents
+    pairs = Pairs(tmp_path / "pairs")
+    check_parts(pairs, load_codec(folder / "vae"), ClassLabel(10), None)
+    with refused("model.codec", "vae"):
+        check_parts(pairs, Identity(), ClassLabel(10), None)
 
 
 def test_a_digest_is_of_what_is_read(folder):

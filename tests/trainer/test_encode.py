@@ -110,6 +110,19 @@ def test_a_broken_codec_is_refused_and_binds_nothing(folder, tmp_path, factor, s
     assert json.loads((tmp_path / "latents/manifest.json").read_text())["scale"] == 0.5
 
 
+def test_a_scale_that_is_mended_begins_the_set_anew(folder, tmp_path):
+    images = folder / "images/train"
+    latents = tmp_path / "latents"
+    encode(images, folder / "vae", latents, shard=4)
+    (latents / "manifest.json").unlink()  # as if the command had been refused after some shards
+    other = small_vae(scaling_factor=0.25)
+    save_codec(other, tmp_path / "other")
+    encode(images, tmp_path / "other", latents, shard=4)
+    encode(images, tmp_path / "other", tmp_path / "expected", shard=4)
+    for path in (tmp_path / "expected").glob("*.tar"):
+        assert (latents / path.name).read_bytes() == path.read_bytes()
+
+
 @pytest.mark.parametrize(("options", "named"), [({"grey": True}, (3, 1)), ({"size": 15}, (2, 15))])
 def test_images_that_do_not_fit_bind_nothing(folder, tmp_path, options, named):
     pack(tmp_path / "images", folder / "photos", **{"size": 16, "holdout": 0, **options})

@@ -176,6 +176,26 @@ def test_a_damaged_checkpoint_is_refused_with_the_older_one(make_config, tmp_pat
         assert torch.equal(found["ema"][key], value)
 
 
+def test_a_student_goes_on_without_its_teacher(make_config, tmp_path, capfd):
+    teacher = train(make_config(), tmp_path / "teacher", steps=1)
+    words = ("--model.initial", teacher)
+    whole = read_checkpoint(
+        newest_checkpoint(train(make_config(), tmp_path / "whole", *words, steps=3))
+    )
+    train(make_config(), tmp_path / "run", *words, steps=2)
+    teacher.rename(tmp_path / "elsewhere")
+    found = read_checkpoint(
+        newest_checkpoint(train(make_config(), tmp_path / "run", *words, steps=3))
+    )
+    for key, value in whole["state_dict"].items():
+        assert torch.equal(found["state_dict"][key], value)
+
+    # another student cannot begin
+    capfd.readouterr()
+    assert_refused(capfd, fit_words(make_config(), tmp_path / "new", *words, steps=1), teacher)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_run_goes_on_from_no_other_runs_checkpoint(make_config, tmp_path, capfd):
     run = train(make_config(), tmp_path / "run", steps=1)
     other = tmp_path / "other"
