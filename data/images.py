@@ -60,7 +60,16 @@ def read_image(
 
 
 def pixel_options(manifest: dict[str, Any], name: str) -> PixelOptions:
-    """Return how the images of a set become pixels, by its manifest."""
+    """Return how the images of a set become pixels, by its manifest.
+
+    Raises:
+        ValueError: it does not state that: an older version indexed the tars.
+    """
+    if "grey" not in manifest:
+        raise ValueError(
+            f"{name}: does not state whether its images are grey; run `rectify index` again, with "
+            "--grey if they are"
+        )
     entries = PixelOptions()._asdict()
     entries.update((key, manifest[key]) for key in entries if key in manifest)
     check_schema(entries, PIXEL_SCHEMA, name)

@@ -10,6 +10,7 @@ import webdataset
 from PIL import Image
 
 from data.datamodule import checksum_samples
+from data.files import read_json, write_json
 from data.images import Images
 from data.index import index
 from data.sequential import SequentialTars
@@ -225,3 +226,13 @@ def test_a_fault_of_the_machine_is_no_unreadable_sample(tmp_path, monkeypatch, e
         with refused(kind=type(error)) as found:
             read(tmp_path)
         assert "part-0.tar: 0_0" in found.line
+
+
+def test_a_set_that_an_older_version_indexed_is_refused(tmp_path):
+    index(write_foreign_tars(tmp_path))
+    path = tmp_path / "manifest.json"
+    manifest = read_json(path)
+    del manifest["grey"]
+    write_json(path, manifest)
+    with refused(path, "grey", "rectify index"):
+        Images(str(tmp_path))

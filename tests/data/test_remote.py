@@ -17,7 +17,7 @@ from tests.helpers.refusals import refused
 
 def write_set(folder, kind="latents", count=25, shift=0):
     """Write a set of latents or images in shards of 6; sample i depends on i and `shift`."""
-    provenance = {"classes": ["0", "1"], "listing": "0" * 64}
+    provenance = {"classes": ["0", "1"], "grey": False, "listing": "0" * 64}
     writer = ShardWriter(folder, kind, provenance, count, 6)
     for number in writer.missing():
         samples = []
