@@ -26,7 +26,7 @@ from models.denoiser import Denoiser
 from models.description import build, describe
 from models.diffusers.networks import Pretrained
 from models.diffusers.pipeline import INDEX
-from models.diffusers.text import Prompts
+from models.diffusers.text import find_text_difference
 from models.tensors import read_safetensors, to_safetensors
 
 log = logging.getLogger(__name__)
@@ -101,13 +101,9 @@ def make_delta(run: Path, base: LoadedModel) -> tuple[dict[str, Tensor], dict[st
     mismatch = find_codec_difference(describe_codec(base.codec), describe_codec(codec))
     if mismatch:
         raise ValueError(f"{run}: it has another codec than the base ({mismatch}); {RIGHT_BASE}")
-    texts = base.condition
-    if (
-        isinstance(texts, Prompts)
-        and isinstance(condition, Prompts)
-        and texts.parts != condition.parts
-    ):
-        raise ValueError(f"{run}: it has other text encoders than the base; {RIGHT_BASE}")
+    part = find_text_difference(base.condition, condition)
+    if part:
+        raise ValueError(f"{run}: it has another {part} than the base; {RIGHT_BASE}")
     if isinstance(student.net, Pretrained) and student.net.lora:
         raise ValueError(
             f"{run}: it was trained with LoRA adapters, which are a difference already; "

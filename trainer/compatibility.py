@@ -4,7 +4,6 @@ Each raises a ValueError of one line that names the option to change.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from models.denoiser import Denoiser
 from models.description import build, describe
 from models.diffusers.networks import Pretrained
 from models.diffusers.pipeline import codec_digest, part_digests
-from models.diffusers.text import Prompts
+from models.diffusers.text import Prompts, find_text_difference
 from models.nets import Net
 from trainer.objectives.base import Objective
 from trainer.objectives.parts.lpips import Perceptual
@@ -219,17 +218,12 @@ def check_same_texts(name: str, other: Condition, condition: Condition) -> None:
         other: its condition.
         condition: the model's.
     """
-    if not (isinstance(other, Prompts) and isinstance(condition, Prompts)):
-        return
-    if Path(other.encoder).resolve() == Path(condition.encoder).resolve():
-        return
-    found = condition.parts
-    for part, expected in other.parts.items():
-        if found.get(part) != expected:
-            raise ValueError(
-                f"model.condition.encoder: the {part} of {condition.encoder} is not that of "
-                f"{name}; give the same text encoders to both"
-            )
+    part = find_text_difference(other, condition)
+    if part:
+        raise ValueError(
+            f"model.condition.encoder: its {part} is not that of {name}; give the same text "
+            "encoders to both"
+        )
 
 
 def list_conditions(objective: Objective) -> Iterator[tuple[str, Condition]]:

@@ -551,3 +551,18 @@ def with_prompts(condition: Condition, prompts: Path | None, teacher: Path) -> C
     if not isinstance(condition, Prompts):
         raise ValueError(f"prompts: {teacher} is not conditioned on texts; omit --prompts")
     return condition.with_file(prompts)
+
+
+def find_text_difference(before: Condition, now: Condition) -> str:
+    """Return the first part by which two conditions encode texts differently.
+
+    It is "" if they encode them alike, or if one of them reads no texts.
+    """
+    if not (isinstance(before, Prompts) and isinstance(now, Prompts)):
+        return ""
+    if Path(before.encoder).resolve() == Path(now.encoder).resolve():
+        return ""
+    for part, expected in before.parts.items():
+        if now.parts.get(part) != expected:
+            return part
+    return ""

@@ -17,7 +17,12 @@ from models.denoiser import Denoiser
 from models.description import describe, identity
 from models.diffusers.networks import Pretrained
 from models.diffusers.scheduler_keys import CONFIG, load_scheduler, read_clipping
-from models.diffusers.text import Prompts, find_text_encoders, with_prompts
+from models.diffusers.text import (
+    Prompts,
+    find_text_difference,
+    find_text_encoders,
+    with_prompts,
+)
 from models.guidance import GuidanceConditioned, Guided, with_guidance
 from models.interpolant import Discrete, Interpolant
 from models.prediction import NoisePrediction
@@ -271,13 +276,9 @@ def check_frozen_parts(
     difference = find_codec_difference(describe_codec(model.codec), describe_codec(codec))
     if difference:
         raise ValueError(f"{where} has another codec than {model.path} ({difference}); {way_out}")
-    texts = model.condition
-    if (
-        isinstance(condition, Prompts)
-        and isinstance(texts, Prompts)
-        and condition.parts != texts.parts
-    ):
-        raise ValueError(f"{where} has other text encoders than {model.path}; {way_out}")
+    part = find_text_difference(model.condition, condition)
+    if part:
+        raise ValueError(f"{where} has another {part} than {model.path}; {way_out}")
 
 
 def describe_condition(condition: Condition) -> str:
