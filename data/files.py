@@ -93,7 +93,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _temporary_path(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Return a temporary name beside a path, with the process that makes it and its start."""
     path.parent.mkdir(parents=True, exist_ok=True)
     process = os.getpid()
@@ -127,7 +127,7 @@ def process_start(process: int) -> str:
 
 def read_clock(folder: Path) -> float:
     """Return the time of the clock that stamps the files in a folder: the file server's."""
-    probe = folder / f".now-{secrets.token_hex(8)}"
+    probe = temporary_path(folder / "now")
     probe.touch()
     stamp = probe.stat().st_mtime
     probe.unlink()
@@ -140,7 +140,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     If the block raises, the temporary file is removed and `path` is left as it was.
     """
-    temporary = _temporary_path(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
         sync(temporary)
@@ -169,7 +169,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Leftovers of killed processes beside it are removed first.
     """
-    temporary = _temporary_path(path)
+    temporary = temporary_path(path)
     remove_leftovers(path.parent)
     temporary.mkdir()
     try:
@@ -229,7 +229,7 @@ def remove(path: Path) -> None:
     A folder gets a temporary name first, so that no reader finds it half deleted.
     """
     if path.is_dir():
-        path = path.rename(_temporary_path(path))
+        path = path.rename(temporary_path(path))
         shutil.rmtree(path)
     else:
         path.unlink()

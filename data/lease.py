@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from data.files import canonical, process_space, process_start, read_clock
+from data.attempts import describe_job, exit_now
+from data.files import canonical, process_space, process_start, read_clock, temporary_path
 
 NAME = "lease.json"
 RENEWAL_SECONDS = 15.0
@@ -31,7 +32,7 @@ class Owner(NamedTuple):
     host: str = "an unknown host"
     process: int = 0
     started: str = ""  # when the process began, in ticks of its machine: ids are used again
-    job: str = ""  # of Slurm
+    job: str = ""  # of Slurm: ID, and ".N" after the Nth requeue
     world: int = 1  # processes
     since: str = ""
     token: str = ""  # tells leases apart
@@ -66,7 +67,7 @@ class Lease:
             host=os.uname().nodename,
             process=os.getpid(),
             started=process_start(os.getpid()),
-            job=os.environ.get("SLURM_JOB_ID", ""),
+            job=describe_job(),
             world=world,
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
             token=secrets.token_hex(8),
@@ -110,7 +111,7 @@ class Lease:
             time.sleep(0.1)  # it is just being written
             return
         is_copied = owner.inode not in (0, self.me.inode)
-        if is_copied:
+        if is_copied or is_requeued(owner.job, self.me.job):
             is_dead = True
         elif owner.space == self.me.space:
             is_dead = process_start(owner.process) != owner.started
@@ -127,7 +128,7 @@ class Lease:
         # Of several commands that find it dead, one succeeds in renaming it. One that is late has
         # renamed the new owner's lease, and puts it back.
         age = self._age()
-        stale = self.folder / f".{NAME}-{secrets.token_hex(8)}"
+        stale = temporary_path(self.path)
         try:
             self.path.rename(stale)
         except FileNotFoundError:
@@ -177,8 +178,19 @@ class Lease:
                     os.utime(self.path)
                 elif owner and not self.ended.is_set():
                     text = f"{self.folder}: was taken over by a command on {owner}; this one ends"
-                    print(f"rectify: error: {text}", file=sys.stderr, flush=True)
-                    os._exit(2)
+                    exit_now(2, text)
+
+
+def is_requeued(earlier: str, job: str) -> bool:
+    """Whether a job is another one that was queued again: the earlier one has ended.
+
+    Args:
+        earlier: job of an owner (`describe_job`): its id, and ".N" after the Nth requeue.
+        job: of this command.
+    """
+    before, _, first = earlier.partition(".")
+    now, _, second = job.partition(".")
+    return before == now != "" and int(first or 0) < int(second or 0)
 
 
 def read_owner(path: Path) -> Owner | None:

@@ -31,11 +31,17 @@ class Meter:
         self.shown = shown
         self.first = done
         self.note = ""
+        self.values: dict[str, float] = {}  # for the heartbeat: loss, data_wait
         self.bar: tqdm | None = None
+        self.is_open = False
 
     def __enter__(self) -> "Meter":
         self.began = time.monotonic()
         self.last_line = self.began
+        global _latest
+        self.outer = _latest
+        _latest = self
+        self.is_open = True
         if self.shown and _shows_bars():
             self.bar = tqdm(
                 desc=self.name,
@@ -62,23 +68,47 @@ class Meter:
             self.last_line = now
             self._print_line()
 
+    def rate(self) -> float:
+        """Return the units per second since the start."""
+        return (self.done - self.first) / max(time.monotonic() - self.began, 1e-9)
+
+    def seconds_left(self) -> int | None:
+        """Return the seconds that are left at this rate; None if nothing was done yet."""
+        if self.done == self.first:
+            return None
+        return int((self.total - self.done) / max(self.rate(), 1e-9))
+
     def _print_line(self) -> None:
-        rate = (self.done - self.first) / max(time.monotonic() - self.began, 1e-9)
-        left = 0
-        if self.done > self.first:
-            left = int((self.total - self.done) / max(rate, 1e-9))
-        duration = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        duration = format_duration(self.seconds_left() or 0)
         text = (
             f"{self.name}: {self.done}/{self.total} {self.unit}, "
-            f"{rate:.1f} {self.unit}/s, {duration} left"
+            f"{self.rate():.1f} {self.unit}/s, {duration} left"
         )
         print(f"{text} {self.note}".rstrip(), file=sys.stderr, flush=True)
 
     def __exit__(self, *error: object) -> None:
+        global _latest
+        self.is_open = False
+        if self.outer and self.outer.is_open:
+            _latest = self.outer  # else this one stays, for the record of the end
         if self.bar is not None:
             self.bar.close()
         elif self.shown:
             self._print_line()
+
+
+_latest: Meter | None = None
+
+
+def current() -> Meter | None:
+    """Return the meter of the work under way, or of the last; None if there was none."""
+    return _latest
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as H:MM:SS."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 def _shows_bars() -> bool:

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
@@ -40,6 +40,7 @@ class _Request:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.response = Response.RAISE
+        self.forwarded: signal.Signals | None = None  # what is sent to children instead
         self.ended = threading.Event()
         self.terminals = [handle for handle in (1, 2) if os.isatty(handle)]
 
@@ -53,7 +54,7 @@ class _Request:
             return
         if self.response is Response.FORWARD:
             children = find_children()
-            send_signal(children, number)
+            send_signal(children, self.forwarded or number)
             if children:
                 return
         if is_first:
@@ -81,13 +82,16 @@ class _Request:
             waits_for_children = self.response is Response.FORWARD and find_children()
             if waits_for_children or self.response is Response.NOTE:
                 continue
-            text = f"rectify: stopped by {signal.Signals(number[0]).name}"
-            print(f"{text}; run the same command again", file=sys.stderr, flush=True)
+            text = f"stopped by {signal.Signals(number[0]).name}"
+            print(f"rectify: {text}; run the same command again", file=sys.stderr, flush=True)
+            for end in before_exit:
+                end(STOPPED_EXIT_CODE, text)
             os._exit(STOPPED_EXIT_CODE)
         os.close(source)
 
 
 _request = _Request()
+before_exit: list[Callable[[int, str], object]] = []  # of modules that import this one
 
 
 @contextmanager
@@ -140,9 +144,14 @@ def note_signals() -> None:
     _request.response = Response.NOTE
 
 
-def forward_signals() -> None:
-    """From here on a signal is sent to the processes that this one has started."""
+def forward_signals(number: signal.Signals | None = None) -> None:
+    """From here on a signal is sent to the processes that this one has started.
+
+    Args:
+        number: what is sent for each signal, instead of the same one.
+    """
     _request.response = Response.FORWARD
+    _request.forwarded = number
 
 
 def stop_requested() -> bool:
@@ -176,9 +185,15 @@ def block_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_with_parent() -> None:
-    """Have Linux kill this process when its parent ends, even by SIGKILL: no orphan."""
+def end_with_parent(parent: int | None = None) -> None:
+    """Have Linux kill this process when its parent ends, even by SIGKILL: no orphan.
+
+    Args:
+        parent: id of the process that started this one, which may have ended already.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent not in (None, os.getppid()):
+        os._exit(128 + signal.SIGKILL)
 
 
 def prepare_reader(_: int) -> None:

@@ -10,13 +10,15 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from data.attempts import end_attempts, note_line
 from data.lease import release_all
+from data.run_output import copy_output
 from data.signals import (
     STOPPED_EXIT_CODE,
     Stopped,
@@ -84,7 +86,7 @@ VERBS = {
         "write a student as the difference from its base, or add such a difference to a fine-tune",
     ),
     "report": (
-        "deploy.report:report",
+        "deploy.report.page:report",
         "write summary.json and a self-contained report.html for a pipeline's folder",
     ),
     "report seeds": (
@@ -108,8 +110,28 @@ VERBS = {
         "run a command on several processes and nodes: rectify spread --processes 2 -- fit ...",
     ),
     "run": ("deploy.run:run", "run a pipeline of these commands; finished stages are skipped"),
+    "launch": (
+        "deploy.launch.launch:launch",
+        "submit a pipeline to Slurm, or start it in the background of this host",
+    ),
+    "stage": (
+        "deploy.launch.stage:run_in_job",
+        "run one stage of a pipeline inside its job; the scripts of `rectify launch` call this",
+    ),
+    "status": ("deploy.status:status", "print the state of a run or a pipeline"),
+    "cancel": ("deploy.launch.cancel:cancel", "end a run, or the stages of a pipeline"),
+    "logs": ("deploy.launch.logs:logs", "print what a run or a stage has printed"),
 }
 PACKAGES = ("models", "data", "trainer", "deploy")
+# The argument of a verb that has no name: `rectify status RUN`.
+POSITIONAL = {
+    "run": "config",
+    "launch": "config",
+    "status": "folder",
+    "cancel": "folder",
+    "logs": "folder",
+    "spread": "command",
+}
 BOOLEANS = ("true", "false", "yes", "no")
 
 
@@ -208,7 +230,8 @@ def call(verb: str, args: Sequence[str]) -> None:
     if verb != "fit" and {"-h", "--help"} & set(options):
         from deploy.help import format_help
 
-        print(format_help(verb, module, name, two_word_verbs(verb)))
+        positional = POSITIONAL.get(verb, "")
+        print(format_help(verb, module, name, positional, two_word_verbs(verb)))
         return
     logging.basicConfig(format="%(name)s: %(message)s")
     for package in PACKAGES:
@@ -244,24 +267,37 @@ def parse_options(verb: str, function: Callable[..., None], args: Sequence[str])
             parameters.pop(name)
             parameters |= inspect.signature(groups[name]).parameters
     flags = [name for name, parameter in parameters.items() if parameter.annotation is bool]
-    positional = verb == "run"
+    # A parameter such as `from_` has an underscore since its name is a word of Python.
+    parameters = {name.rstrip("_"): parameter for name, parameter in parameters.items()}
+    positional = POSITIONAL.get(verb, "")
     options = ArgumentParser(prog=f"rectify {verb}", exit_on_error=False)
-    for parameter in parameters.values():
-        add_option(options, parameter, positional)
+    for name, parameter in parameters.items():
+        add_option(options, name, parameter, positional)
 
-    # Parse the options.
+    # Parse the options; `--dry-run` means `--dry_run`.
+    args = [rename_option(word, parameters) for word in args]
     check_no_empty_path(args, parameters)
     try:
-        parsed = options.parse_args(complete_flags(args, flags, positional))
+        parsed = options.parse_args(complete_flags(args, flags, bool(positional)))
         values = options.instantiate_classes(expand_home(parsed)).as_dict()
     except ArgumentError as error:
         raise ValueError(f"{verb}: {explain(error, parameters)}") from None
 
     # Gather the options of each group.
+    values = {parameters[name].name: value for name, value in values.items()}
     for name, group in groups.items():
         members = {field.name: values.pop(field.name) for field in fields(group)}
         values[name] = group(**members)
     return values
+
+
+def rename_option(word: str, names: Collection[str]) -> str:
+    """Return an option with the underscores of its name, if it was given with dashes."""
+    name, equals, value = word.removeprefix("--").partition("=")
+    renamed = name.replace("-", "_")
+    if word.startswith("--") and renamed in names:
+        return f"--{renamed}{equals}{value}"
+    return word
 
 
 def check_no_empty_path(words: Sequence[str], parameters: dict[str, inspect.Parameter]) -> None:
@@ -274,21 +310,23 @@ def check_no_empty_path(words: Sequence[str], parameters: dict[str, inspect.Para
             raise ValueError(f"--{name} is empty; give a path, or leave the option out")
 
 
-def add_option(options: "ArgumentParser", parameter: inspect.Parameter, positional: bool) -> None:
+def add_option(
+    options: "ArgumentParser", name: str, parameter: inspect.Parameter, positional: str
+) -> None:
     """Add an option for a parameter of a function.
 
     Args:
         options: the parser.
+        name: of the option.
         parameter: the parameter.
-        positional: a parameter without a default is an argument without a name.
+        positional: the option that is an argument without a name.
     """
     if parameter.default is not parameter.empty:
-        flag = f"--{parameter.name}"
-        options.add_argument(flag, type=parameter.annotation, default=parameter.default)
-    elif positional:
-        options.add_argument(parameter.name, type=parameter.annotation)
+        options.add_argument(f"--{name}", type=parameter.annotation, default=parameter.default)
+    elif name == positional:
+        options.add_argument(name, type=parameter.annotation)
     else:
-        options.add_argument(f"--{parameter.name}", type=parameter.annotation, required=True)
+        options.add_argument(f"--{name}", type=parameter.annotation, required=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -298,31 +336,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     A loss that is not finite is exit code 3. A signal that stopped the verb is exit code 75. A bug
     of this program is exit code 1.
     """
+    code = 1
+    is_process = argv is None
+    if is_process:
+        copy_output()
     try:
-        with handle_signals(ends_process=argv is None):
+        code = run_until_stopped(list(sys.argv[1:] if argv is None else argv), is_process)
+        return code
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+        # Lightning kills all ranks when one that it started does not end with 0.
+        if code == STOPPED_EXIT_CODE and is_started_by_lightning():
+            return 0
+        raise
+    finally:
+        end_attempts(code)
+        release_all()
+        if is_process:
+            kill_children()
+
+
+def run_until_stopped(words: list[str], is_process: bool) -> int:
+    """Run the verb of a command, and return the exit code; a signal to stop is printed.
+
+    Args:
+        words: of the command.
+        is_process: the process ends after the command.
+    """
+    try:
+        with handle_signals(ends_process=is_process):
             end_with_launcher()
             # Set before torch is imported: idle OpenMP threads must not take other ranks' cores,
             # and warnings of its connections (a host without a name) are no use to a user.
             os.environ.setdefault("GOMP_SPINCOUNT", "2000")
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-            return run_verb(list(sys.argv[1:] if argv is None else argv))
+            return run_verb(words)
     except Stopped as stopped:
+        text = f"stopped by {stopped}"
+        note_line(text)
         if not is_spread():
-            text = f"stopped by {stopped}; run the same command again to continue"
-            print(f"rectify: {text}", file=sys.stderr)
+            print(f"rectify: {text}; run the same command again to continue", file=sys.stderr)
         return STOPPED_EXIT_CODE
     except KeyboardInterrupt:
         print("rectify: stopped; run the same command again to continue", file=sys.stderr)
         return 130
-    except SystemExit as ended:
-        # Lightning kills all ranks when one that it started does not end with 0.
-        if ended.code == STOPPED_EXIT_CODE and is_started_by_lightning():
-            return 0
-        raise
-    finally:
-        release_all()
-        if argv is None:
-            kill_children()
 
 
 def run_verb(words: list[str]) -> int:
@@ -375,6 +432,7 @@ def fail_lost(error: Exception) -> int:
 
 def fail(message: str, code: int) -> int:
     """Print an error as one line and return the exit code."""
+    note_line(message)
     if code == LOST_RANK_EXIT_CODE and is_spread() and ends_with_others():
         return code  # `rectify spread` prints the line of the rank that ended first
     print(f"rectify: error: {message}", file=sys.stderr)

@@ -32,6 +32,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from data.attempts import begin_attempt, note_line
 from data.datamodule import DataModule
 from data.files import files_by_step
 from data.lease import hold
@@ -475,6 +476,8 @@ def begin(cli: Fit) -> None:
             memory ran out; the message names the cause.
         SystemExit: another rank ended.
     """
+    trainer = cli.trainer
+    begin_attempt(Path(cli.config.out), trainer.world_size, trainer.global_rank)
     try:
         with ExitStack() as stack:
             if cli.config.fast_loop:
@@ -556,6 +559,7 @@ def end_early(cli: Fit) -> None:
     if trainer.is_global_zero:
         print(message, file=sys.stderr)
     if code:
+        note_line(message)
         raise SystemExit(code)
 
 
@@ -580,6 +584,7 @@ def fit(args: Sequence[str]) -> None:
         message = f"fit: stopped by a signal at step {step}, saved; run the same command again"
         if cli.trainer.is_global_zero:
             print(message, file=sys.stderr)
+        note_line(message)
         raise SystemExit(PREEMPTED_EXIT_CODE)
     if cli.trainer.global_step < cli.trainer.max_steps:
         end_early(cli)

@@ -43,20 +43,22 @@ class OptionGroup(NamedTuple):
     options: list[Option]
 
 
-def format_help(verb: str, module: str, name: str, see_also: Sequence[str] = ()) -> str:
+def format_help(
+    verb: str, module: str, name: str, positional: str = "", see_also: Sequence[str] = ()
+) -> str:
     """Return the help of a verb.
 
     Args:
         verb: the verb.
         module: module of its function.
         name: name of its function.
+        positional: the option that has no name.
         see_also: verbs that begin with this verb's word.
     """
     definition = find_definition(module, name)
     assert definition, f"{module} has no {name}"
     groups = read_groups(definition)
     options = [option for group in groups for option in group.options]
-    positional = verb in ("run", "spread")
 
     # What it does
     required = [format_head(option, positional) for option in options if option.default is None]
@@ -87,12 +89,12 @@ def format_help(verb: str, module: str, name: str, see_also: Sequence[str] = ())
     return "\n".join(lines).rstrip()
 
 
-def format_option(option: Option, positional: bool, width: int) -> list[str]:
+def format_option(option: Option, positional: str, width: int) -> list[str]:
     """Return the lines about an option.
 
     Args:
         option: the option.
-        positional: an option that is required has no name.
+        positional: the option that has no name.
         width: characters of a line.
     """
     # Description, possible values, default
@@ -123,9 +125,9 @@ def format_default(default: ast.expr) -> str:
     return text.strip("'")
 
 
-def format_head(option: Option, positional: bool) -> str:
+def format_head(option: Option, positional: str) -> str:
     """Return an option and the kind of its value as they are written in a command."""
-    if positional and option.default is None:
+    if option.name == positional:
         return option.name.upper()
     return f"--{option.name} {describe_type(option.annotation)}"
 
@@ -183,7 +185,8 @@ def read_options(definition: Definition) -> Iterator[Option]:
         for argument, default in zip(node.args.args, [*missing, *node.args.defaults]):
             assert argument.annotation
             annotation = aliases.visit(argument.annotation)
-            yield Option(argument.arg, annotation, default, descriptions[argument.arg])
+            name = argument.arg.rstrip("_")  # `from_` is an option --from
+            yield Option(name, annotation, default, descriptions[argument.arg])
 
 
 def read_docstring(node: ast.stmt) -> str:

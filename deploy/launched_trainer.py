@@ -1,9 +1,7 @@
 """Lightning's Trainer on the processes that a launcher started, or on those of this machine."""
 
-import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +12,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import subprocess_script
 
+from data.attempts import exit_now
 from deploy.launcher import find_launch, is_started_by_lightning
 
 WATCH_SECONDS = 1.0  # between looks at the ranks that Lightning started
@@ -131,14 +130,15 @@ def end_with_failed_rank(processes: Sequence[subprocess.Popen]) -> None:
 
     # End all ranks.
     code = failed[0].returncode
+    text = ""
     if code < 0:
         rank = processes.index(failed[0]) + 1
         text = f"rank {rank} (pid {failed[0].pid}) was ended by {signal.Signals(-code).name}"
-        print(f"rectify: error: {text}; run the same command again", file=sys.stderr, flush=True)
+        text += "; run the same command again"
         code = 128 - code
     for process in processes:
         process.kill()
-    os._exit(code)
+    exit_now(code, text)
 
 
 subprocess_script._launch_process_observer = watch_started_ranks  # type: ignore[assignment]

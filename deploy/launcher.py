@@ -15,9 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from data.attempts import CAUSES, CONSEQUENCES, exit_now
+from data.files import digest
 from data.signals import end_with_parent, stop_requested
 
 LAUNCHER = "RECTIFY_LAUNCHER"  # the process of ours that started the ranks; they end with it
+CHOSEN_PORT = "RECTIFY_MASTER_PORT"  # the port, if it was chosen here
+FIRST_PORT = 15000
+PORTS = 15000  # up to those that Linux gives to clients
 COMPLETE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RANK_VARIABLES = (*COMPLETE, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK")
 OTHER_RANKS = ("SLURM_PROCID", "JSM_NAMESPACE_RANK")  # where Lightning looks for RANK, too
@@ -28,6 +33,7 @@ MPI_VARIABLES = (
     *("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
 )
 SHARED_VERBS = ("fit", "encode", "collect", "invert", "evaluate")
+LEASED_VERBS = ("encode", "collect", "invert", "evaluate")  # that independent workers can share
 WAITING_SECONDS = 30  # for other ranks, before a line says so
 CONNECTING_SECONDS = 600  # for other ranks, before the process ends
 LOST_RANK_EXIT_CODE = 4
@@ -55,8 +61,7 @@ def end_with_launcher() -> None:
     launcher = os.environ.get(LAUNCHER)
     if launcher and not os.path.exists(f"/proc/{launcher}"):  # it has been killed meanwhile
         text = f"process {launcher}, which {LAUNCHER} names as this one's launcher, has ended"
-        print(f"rectify: error: {text}; start it again", file=sys.stderr, flush=True)
-        os._exit(KILLED_EXIT_CODE)
+        exit_now(KILLED_EXIT_CODE, f"{text}; start it again")
 
 
 def _is_started_by_us() -> bool:
@@ -200,9 +205,13 @@ def _translate_slurm() -> None:
     # The first node of the step; a port that all of its tasks know.
     nodes = environment.get("SLURM_STEP_NODELIST", socket.gethostname())
     first = re.sub(r"\[(\d+)[^]]*\]", r"\1", nodes).partition(",")[0]
-    job = read_number("SLURM_JOB_ID", 0)
     environment.setdefault("MASTER_ADDR", first)
-    environment.setdefault("MASTER_PORT", str(15000 + job % 10000))
+    if "MASTER_PORT" not in environment:
+        # another one after a requeue: it may be in use
+        names = ("CLUSTER_NAME", "JOB_ID", "STEP_ID", "RESTART_COUNT")
+        step = " ".join(environment.get(f"SLURM_{name}", "") for name in names)
+        port = FIRST_PORT + int(digest(step.encode())[:8], 16) % PORTS
+        environment["MASTER_PORT"] = environment[CHOSEN_PORT] = str(port)
 
 
 def limit_waiting() -> None:
@@ -218,8 +227,8 @@ def limit_waiting() -> None:
             print(f"rectify: {text}", file=sys.stderr, flush=True)
         if connecting == CONNECTING_SECONDS:
             advice = "start them all again, or unset RANK and WORLD_SIZE to run one process"
-            print(f"rectify: error: {text} no longer; {advice}", file=sys.stderr, flush=True)
-            os._exit(LOST_RANK_EXIT_CODE)  # the main thread does not return from connecting
+            # the main thread does not return from connecting
+            exit_now(LOST_RANK_EXIT_CODE, f"{text} no longer; {advice}")
 
 
 def _is_connected() -> bool:
@@ -253,6 +262,15 @@ def ends_with_others() -> bool:
     return False
 
 
+def order_of_causes(code: int) -> int:
+    """Return the key by which the exit code of a cause sorts before those of its consequences."""
+    if code in CAUSES:
+        return CAUSES.index(code)
+    if code in CONSEQUENCES:
+        return len(CAUSES) + 1 + CONSEQUENCES.index(code)
+    return len(CAUSES)  # ended by a signal
+
+
 class LostProcess(NamedTuple):
     """Why a process cannot go on without another one that has ended."""
 
@@ -277,6 +295,9 @@ def explain_lost_process(error: BaseException, world: int) -> LostProcess | None
         return None
     if re.search(PORT_IN_USE, text):
         port = os.environ.get("MASTER_PORT", "of rank 0")
+        if os.environ.get(CHOSEN_PORT) == port:
+            text = f"port {port} of rank 0 is in use; run the same command again"
+            return LostProcess(text, LOST_RANK_EXIT_CODE)
         advice = "choose another, or end the process that uses it"
         return LostProcess(f"MASTER_PORT {port} is in use; {advice}", 2)
     if re.search(LOST_RANK, text):

@@ -1,39 +1,28 @@
-"""`rectify run`: a pipeline is a list of `rectify` commands. Each is run once; a restart continues.
+"""`rectify run`: run the stages of a pipeline that are not finished.
 
-A stage has a `name`, one verb with its options, and optionally `smoke`, options that replace the
-verb's under `--smoke`, and `for`, loops over values:
-
-    name: fit-{model}-{seed}
-    for: {seed: [0, 1, 2], model: {flow: {}, vp: {model.denoiser.interpolant: VariancePreserving}}}
-    fit: {config: [base.yaml, more.yaml], out: "{out}/{model}/{seed}", seed_everything: "{seed}"}
-    smoke: {trainer.max_steps: 4}
-
-is six stages: fit-flow-0 first, then fit-vp-0. {seed} and {model} are replaced by the values, and
-the values of a mapping add options. With `--smoke` every loop takes only its first value. The
-stages of one loop must not depend on each other, because `--jobs 2` runs two of them at once.
-
-`config` is a file or a list of files. They come first in the command, each with its `--config`, so
-that the other options win over them. A list in any other option is one word.
-
-A pipeline may have `targets`, which `rectify report` checks (deploy/targets.py).
+deploy/pipeline.py describes a pipeline's file. A stage is finished if it was run with the inputs
+that it has now, and its files are as it left them (deploy/stage_records.py).
 """
 
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, product
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from data.files import atomic_file, canonical, digest, errors_named, read_json, write_json
-from data.schema import COUNT, NAME, PATH, check_schema, shorten
+from data.attempts import RESULTS, Recorder, read_attempts
+from data.files import atomic_file, read_json
+from data.intent import Want, read_intent, want_run
+from data.lease import Lease
+from data.progress import format_duration
 from data.signals import (
     STOP_SIGNALS,
     STOPPED_EXIT_CODE,
@@ -45,183 +34,113 @@ from data.signals import (
     send_signal,
     stop_requested,
 )
-from deploy.cli import VERBS
-from deploy.targets import PIPELINE_RECORD, check_targets
-from deploy.yaml_files import expand_home, read_yaml
+from deploy.cli import fail
+from deploy.facts import check_stages_free
+from deploy.launcher import LOST_RANK_EXIT_CODE, order_of_causes
+from deploy.pipeline import Pipeline, load, select, sort_stages
+from deploy.stage_records import (
+    StageStatus,
+    begin_stage,
+    check_stage,
+    find_records,
+    is_separate,
+    remove_leftover_records,
+    stage_folder,
+    write_graph,
+    write_record,
+)
+from deploy.state import REFUSED_EXIT_CODES
+from deploy.targets import PIPELINE_RECORD
 
-NON_VERB_KEYS = ("name", "for", "smoke")  # keys of a stage beside its verb
-LOOPS_SCHEMA = {NAME: ([(NAME, COUNT)], {NAME: (None, dict)})}
+LOCK = ".lock"  # held while `rectify run` or `launch` works in a pipeline's folder
+STOP = signal.SIGUSR1  # all commands save and end; SIGTERM would make srun kill them
 FAILED_LOG_LINES = 5  # of a failed stage's log that are printed
 
 
-class Pipeline(NamedTuple):
-    """A pipeline, as its YAML describes it."""
+class StageResult(NamedTuple):
+    """How a stage's command ended."""
 
-    out: Path  # folder of the results
-    loops: list[list[dict[str, Any]]]  # the stages of each entry of the YAML, one without a loop
-    targets: dict[str, Any]  # see deploy/targets.py
-
-    @property
-    def stages(self) -> list[dict[str, Any]]:
-        """All stages in order."""
-        return list(chain.from_iterable(self.loops))
+    code: int  # exit code
+    line: str  # the error that it printed
 
 
-class StageJob(NamedTuple):
-    """A stage that is ready to run."""
+def run(
+    config: Path,
+    out: Path | None = None,
+    smoke: bool = False,
+    jobs: int = 1,
+    from_: str | None = None,
+    to: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Run the stages of a pipeline that are not finished, each after those that it needs.
 
-    words: list[str]  # of its command
-    fingerprint: str  # of its command and of everything before it
-    record: Path  # JSON file that is written when it is finished
-    title: str  # for messages, e.g. "[3/9] teacher"
-
-
-def substitute(part: Any, values: dict[str, Any]) -> Any:
-    """Return a part of a stage with every {name} in its texts replaced by the value."""
-    if isinstance(part, dict):
-        return {key: substitute(value, values) for key, value in part.items()}
-    if isinstance(part, list):
-        return [substitute(value, values) for value in part]
-    if isinstance(part, str):
-        for name, value in values.items():
-            part = part.replace(f"{{{name}}}", to_word(value))
-    return part
-
-
-def to_word(value: Any) -> str:
-    """Return a value of the YAML as a word of a command, which reads it as the same value."""
-    if value is None:
-        return "null"
-    if isinstance(value, list | dict):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return str(value)
-
-
-def stage_verb(stage: dict[str, Any]) -> str:
-    """Return a stage's verb."""
-    return next(key for key in stage if key not in NON_VERB_KEYS)
-
-
-def unroll(stage: dict[str, Any], smoke: bool = False) -> list[dict[str, Any]]:
-    """Return a stage once for every combination of its loops' values; the last loop varies fastest.
-
-    Args:
-        stage: a stage of a pipeline.
-        smoke: take only the first value of every loop.
-    """
-    loops = stage.get("for") or {}
-    verb = stage_verb(stage)
-    fixed = {**stage}
-    fixed.pop("for", None)
-    choices = []
-    for values in loops.values():
-        choices.append(list(values)[:1] if smoke else list(values))
-
-    stages = []
-    for combination in product(*choices):
-        options = dict(stage[verb])
-        for values, value in zip(loops.values(), combination):
-            if isinstance(values, dict):
-                options |= values[value] or {}
-        names = dict(zip(loops, combination))
-        stages.append(substitute({**fixed, verb: options}, names))
-    return stages
-
-
-def command(stage: dict[str, Any], out: Path, smoke: bool) -> list[str]:
-    """Return the words of a stage's command: its verb and its options, with {out} replaced."""
-    # the options
-    verb = stage_verb(stage)
-    options = dict(stage[verb])
-    if smoke:
-        options |= stage.get("smoke") or {}
-    configs = options.pop("config", [])
-    if not isinstance(configs, list):
-        configs = [configs]
-
-    # the words
-    words = verb.split()
-    for key, value in [("config", path) for path in configs] + list(options.items()):
-        words += [f"--{key}", to_word(value).replace("{out}", str(out))]
-    return words
-
-
-def fingerprint(words: list[str], before: str) -> str:
-    """Return a checksum of a command, of the YAML files that it reads, and of what came before."""
-    files = []
-    for word in words:
-        path = Path(word)
-        if word.endswith(".yaml") and path.is_file():
-            with errors_named(path):
-                files.append(json.loads(canonical(read_yaml(path))))
-    return digest(canonical([words, files, before]))
-
-
-def load(config: Path, smoke: bool = False) -> Pipeline:
-    """Read and check a pipeline, and unroll its loops.
-
-    Args:
-        config: its YAML file.
-        smoke: take only the first value of every loop.
-
-    Raises:
-        ValueError: a stage or a target is not as it must be.
-    """
-    content = expand_home(read_yaml(config))
-
-    # check
-    schema = {"out": PATH, "stages": [dict]}
-    check_schema(content, schema, f"{config}: a pipeline needs `out` and `stages`")
-    targets = content.get("targets", {})
-    check_targets(targets, f"{config}: targets")
-    for stage in content["stages"]:
-        verbs = [key for key in stage if key not in NON_VERB_KEYS]
-        if len(verbs) != 1 or verbs[0] not in VERBS or not isinstance(stage[verbs[0]], dict):
-            raise ValueError(
-                f"{config}: stage {shorten(stage)} needs a `name`, one verb with its options, and "
-                f"perhaps `for` and `smoke`; the verbs are {', '.join(VERBS)}"
-            )
-        check_schema(stage, {"name": NAME}, f"{config}: stage {shorten(stage)}")
-        where = f"{config}: stage {stage['name']}"
-        check_schema(stage.get("smoke"), (None, dict), f"{where}: smoke")
-        check_schema(stage.get("for") or {}, LOOPS_SCHEMA, f"{where}: for")
-
-    # unroll
-    loops = [unroll(stage, smoke) for stage in content["stages"]]
-    pipeline = Pipeline(Path(content["out"]), loops, targets)
-    names = [stage["name"] for stage in pipeline.stages]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(
-                f"{config}: two stages have the name {name!r}; give each stage another `name`, "
-                "with the {names} of its loops in it"
-            )
-    return pipeline
-
-
-def run(config: Path, out: Path | None = None, smoke: bool = False, jobs: int = 1) -> None:
-    """Run the stages of a pipeline one after another; skip those that are finished.
-
-    If it is interrupted or killed, the same command continues where it stopped.
+    If it is interrupted or killed, the same command continues where it stopped. A stage whose
+    options or files differ from those that it was run with is shown, and run again with --force.
 
     Args:
         config: YAML file with `out`, the folder of the results, `stages`, each with a name and
-            one verb with its options, and perhaps `targets`, which the summary must reach.
+            one verb with its options, and perhaps `needs`, and `targets`, which the summary must
+            reach.
         out: folder of the results, instead of the YAML's.
         smoke: run every stage in little time, to test the pipeline: with its `smoke` options, and
             only the first value of every loop.
-        jobs: how many stages of one loop run at once. They share the processor's cores, and each
-            writes its output to OUT/stages/STAGE.log.
+        jobs: how many stages run at once, if none needs another one. They share the processor's
+            cores, and each writes its output to OUT/stages/STAGE/logs.
+        from_: run only this stage and those that need it; what it needs must be finished.
+        to: run only this stage and those that it needs.
+        force: run stages that have changed again, and those that need them. What they have made
+            before is kept in OUT/stages/STAGE/earlier.
+        dry_run: print what is finished, what would run, and how long it took the last time.
     """
     if jobs < 1:
         raise ValueError(f"jobs is {jobs}; it must be at least 1")
-    pipeline = load(config, smoke)
+    pipeline = load(config, smoke, out)
     source = config.read_bytes()
-    out = out or pipeline.out
-    with lock_folder(out):
+    if dry_run:
+        for line in describe_plan(pipeline, make_plan(pipeline, from_, to)):
+            print(line)
+        return
+    with lock_folder(pipeline.out):
+        remove_leftover_records(pipeline.out)
+        plan = make_plan(pipeline, from_, to)
+        check_plan(pipeline, plan, force)
+        check_stages_free(pipeline, plan, adopt=False)
+        with atomic_file(pipeline.out / PIPELINE_RECORD) as file:
+            file.write(source)
+        write_graph(pipeline.out, pipeline)
+        for status in plan:
+            want_stage(pipeline, status)
         forward_signals()
-        run_stages(pipeline.loops, out, smoke, jobs, source)
-    from deploy.report.summary import format_summary  # imports lightning, which is slow
+        run_stages(pipeline, plan, jobs)
+    print_summary(pipeline.out)
+
+
+def want_stage(pipeline: Pipeline, status: StageStatus) -> None:
+    """Take back that a stage is not wanted, if it is not finished."""
+    if status.finished:
+        return
+    want_run(stage_folder(pipeline.out, status.stage.name))
+    if status.stage.out and status.stage.out.is_dir():
+        want_run(status.stage.out)
+
+
+def check_wanted(pipeline: Pipeline, name: str) -> None:
+    """Check that a stage, which is about to begin, is still wanted.
+
+    Raises:
+        SystemExit: it is not.
+    """
+    intent = read_intent(stage_folder(pipeline.out, name))
+    if intent.want is not Want.RUN:
+        text = f"stage {name}: is not wanted ({intent.want} by {intent.by} at {intent.at})"
+        raise SystemExit(fail(text, STOPPED_EXIT_CODE))
+
+
+def print_summary(out: Path) -> None:
+    """Print the table of a pipeline that has a report."""
+    from deploy.report.summary import format_summary
 
     if (out / "summary.json").exists():
         print(format_summary(read_json(out / "summary.json")))
@@ -234,7 +153,7 @@ def lock_folder(out: Path) -> AcquireReturnProxy:
         a context manager that unlocks it. The system unlocks it, too, when this process is killed.
     """
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
+    lock = FileLock(out / LOCK)
     try:
         return lock.acquire(blocking=False)
     except Timeout:
@@ -243,132 +162,290 @@ def lock_folder(out: Path) -> AcquireReturnProxy:
         return lock.acquire()
 
 
-def run_stages(
-    loops: list[list[dict[str, Any]]], out: Path, smoke: bool, jobs: int, source: bytes
-) -> None:
-    """Run the unfinished stages: loop after loop, up to `jobs` stages of one loop at once.
+def make_plan(pipeline: Pipeline, first: str | None, last: str | None) -> list[StageStatus]:
+    """Return which of the chosen stages are finished, in the order in which they can run.
+
+    Args:
+        pipeline: the pipeline.
+        first: see `pipeline.select`.
+        last: see `pipeline.select`.
+
+    Raises:
+        ValueError: a stage that is not chosen is needed, and is not finished.
+    """
+    chosen = select(pipeline, first, last)
+    records = find_records(pipeline.out)
+    plan = [check_stage(pipeline, stage, records) for stage in chosen]
+
+    # what they need
+    names = {stage.name for stage in chosen}
+    for stage in sort_stages(pipeline.stages):
+        if stage.name in names or not any(stage.name in one.needs for one in chosen):
+            continue
+        status = check_stage(pipeline, stage, records)
+        if not status.finished:
+            why = status.difference or status.reason or "it was not run"
+            raise ValueError(
+                f"--from {first}: stage {stage.name}, which is needed, is not finished ({why}); "
+                "run it first"
+            )
+    return plan
+
+
+def check_plan(pipeline: Pipeline, plan: Sequence[StageStatus], force: bool) -> None:
+    """Check that changed stages may be run again.
+
+    Raises:
+        ValueError: one has changed, without --force; the message shows the difference.
+    """
+    changed = [status for status in plan if status.difference]
+    for status in changed:
+        out = status.stage.out
+        if force and out and out.exists() and not is_separate(pipeline, status.stage):
+            raise ValueError(
+                f"{pipeline.out}: stage {status.stage.name} has changed ({status.difference}), and "
+                f"{out} has the results of other stages, too; rename or delete it yourself"
+            )
+    if not changed or force:
+        return
+    first = changed[0]
+    names = ", ".join(status.stage.name for status in changed)
+    raise ValueError(
+        f"{pipeline.out}: stage {first.stage.name} has changed since {first.reason}: "
+        f"{first.difference}; give --force to run {names} again (what they made before is kept), "
+        "or choose another --out"
+    )
+
+
+def describe_plan(pipeline: Pipeline, plan: Sequence[StageStatus]) -> list[str]:
+    """Return a line for each stage: what is done with it, and how long it took the last time."""
+    lines = []
+    for status in plan:
+        text = "runs"
+        if status.finished:
+            text = "finished"
+        elif status.difference:
+            text = f"has changed since {status.reason} ({status.difference}); runs with --force"
+        elif status.reason:
+            text = f"runs again: {status.reason}"
+        if status.seconds is not None:
+            text += f"; it took {format_duration(status.seconds)}"
+        lines.append(f"{title(pipeline, status)}: {text}")
+    return lines
+
+
+def title(pipeline: Pipeline, status: StageStatus) -> str:
+    """Return a stage's number and name, e.g. [3/9] teacher."""
+    return f"[{status.stage.number}/{len(pipeline.stages)}] {status.stage.name}"
+
+
+def run_stages(pipeline: Pipeline, plan: Sequence[StageStatus], jobs: int) -> None:
+    """Run the unfinished stages, up to `jobs` at once, each after those that it needs.
 
     A signal is forwarded to them; they save what they can and end, and no other stage begins.
 
     Args:
-        loops: the stages of each loop.
-        out: folder of the results.
-        smoke: whether the stages run with their `smoke` options.
-        jobs: how many stages of one loop run at once.
-        source: content of the pipeline's file. It is written into the folder, where `rectify
-            report` finds the targets.
+        pipeline: the pipeline.
+        plan: the chosen stages, in an order in which they can run.
+        jobs: how many stages run at once.
 
     Raises:
-        ValueError: a stage was finished with other settings.
         SystemExit: a stage failed; the exit code is the stage's.
         Stopped: a signal asked to stop.
     """
-    total = sum(map(len, loops))
-    digits = max(2, len(str(total)))  # so that the records' names sort in the order of the stages
-    number = 0
-    stamp = ""
-    for loop in loops:
-        # find the stages that are not finished
-        unfinished = []
-        for stage in loop:
-            number += 1
-            words = command(stage, out, smoke)
-            stamp = fingerprint(words, stamp)
-            record = out / "stages" / f"{number:0{digits}d}-{stage['name']}.json"
-            title = f"[{number}/{total}] {stage['name']}"
-            if not record.exists():
-                unfinished.append(StageJob(words, stamp, record, title))
-            elif read_json(record).get("fingerprint") == stamp:
-                print(f"{title}: finished", file=sys.stderr, flush=True)
-            else:
-                raise ValueError(
-                    f"{out}: stage {stage['name']} was finished with other settings; "
-                    f"choose another --out, or delete {out}"
-                )
+    left = []
+    for status in plan:
+        if status.finished:
+            print(f"{title(pipeline, status)}: finished", file=sys.stderr, flush=True)
+        else:
+            left.append(status)
 
-        # record the pipeline, now that the finished stages have turned out to be its own
-        if unfinished or loop is loops[-1]:
-            with atomic_file(out / PIPELINE_RECORD) as file:
-                file.write(source)
+    # one at a time, in this thread
+    if jobs == 1 or len(left) < 2:
+        for status in left:
+            exit_on_failure(run_stage(pipeline, status).code)
+        return
 
-        # run them
-        if jobs == 1 or len(unfinished) < 2:
-            exit_on_failure(map(run_stage, unfinished))
-            continue
-        with ThreadPoolExecutor(jobs) as pool:
-            try:
-                exit_on_failure(pool.map(lambda job: run_stage(job, jobs), unfinished))
-            except KeyboardInterrupt:
-                send_signal(find_children(), signal.SIGTERM)
-                raise
-            finally:
-                pool.shutdown(cancel_futures=True)
+    # several at once
+    running: dict[Future[StageResult], str] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            while left or running:
+                waiting = {status.stage.name for status in left} | set(running.values())
+                for status in list(left):
+                    if len(running) < jobs and waiting.isdisjoint(status.stage.needs):
+                        left.remove(status)
+                        future = pool.submit(run_stage, pipeline, status, jobs)
+                        running[future] = status.stage.name
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    running.pop(future)
+                    exit_on_failure(future.result().code)
+        except KeyboardInterrupt:
+            send_signal(find_children(), signal.SIGTERM)
+            raise
 
 
-def exit_on_failure(codes: Iterable[int]) -> None:
-    """Exit with the first exit code that is not 0; a stage killed by signal N counts as 128 + N."""
-    for code in codes:
-        if code == STOPPED_EXIT_CODE or -code in STOP_SIGNALS:
-            raise_if_stopped()  # a stage that ended before it could handle the signal lost nothing
-        if code:
-            raise SystemExit(code if code > 0 else 128 - code)
+def exit_on_failure(code: int) -> None:
+    """Exit with an exit code that is not 0."""
+    if code == STOPPED_EXIT_CODE:
+        raise_if_stopped()
+    if code:
+        raise SystemExit(code)
 
 
-def run_command(words: list[str], **options: Any) -> int:
+def run_command(
+    words: Sequence[str], started: Callable[[subprocess.Popen], None], **options: Any
+) -> int:
     """Run a command, and return its exit code; it is killed when this process is.
 
     Args:
         words: the command.
+        started: is called with the process.
         options: of `subprocess.Popen`.
     """
+    prepare = partial(end_with_parent, os.getpid())
     with block_signals():  # until the command handles them
-        process = subprocess.Popen(words, preexec_fn=end_with_parent, **options)
+        process = subprocess.Popen(words, preexec_fn=prepare, **options)
+    started(process)
     if stop_requested():  # while it was being started: it was not yet among the children
-        process.terminate()
+        process.send_signal(STOP)
     try:
         return process.wait()
     except KeyboardInterrupt:
-        process.terminate()
+        process.send_signal(STOP)
         process.wait()
         raise
 
 
-def run_stage(job: StageJob, jobs: int = 1) -> int:
-    """Run a stage, write its record if it succeeds, and return its exit code.
+def run_stage(
+    pipeline: Pipeline,
+    status: StageStatus,
+    jobs: int = 1,
+    launcher: Sequence[str] = (),
+    world: int = 1,
+) -> StageResult:
+    """Run a stage, record how it ends, and return that.
 
     Args:
-        job: the stage.
+        pipeline: the pipeline.
+        status: of the stage.
         jobs: how many stages run at once. With more than one, the stage writes to a log file and
             uses its share of the cores.
+        launcher: words before the command, which start it on several processes.
+        world: number of processes.
     """
     raise_if_stopped()
-    print(f"{job.title}: rectify {' '.join(job.words)}", file=sys.stderr, flush=True)
-    began = time.monotonic()
-    words = [sys.executable, "-P", "-m", "deploy", *job.words]
+    stage = status.stage
+    check_wanted(pipeline, stage.name)
+    name = title(pipeline, status)
+    print(f"{name}: rectify {' '.join(stage.words)}", file=sys.stderr, flush=True)
 
-    # run the command
+    # Prepare its folder, and begin an attempt.
+    folder = stage_folder(pipeline.out, stage.name)
+    lease = Lease(folder, world)
+    try:
+        first = begin_stage(pipeline, status)
+    except BaseException:
+        lease.release()
+        raise
+    children: list[subprocess.Popen] = []
+
+    def stop() -> None:
+        for child in children:
+            child.send_signal(STOP)
+
+    recorder = Recorder(folder, world, stage.out, stop, keep_refused=True)
+    log_path = folder / "logs" / f"{recorder.attempt.number:04d}.txt"
+
+    # Run the command, and record how it ended.
+    result = StageResult(STOPPED_EXIT_CODE, "")
+    try:
+        words = [*launcher, sys.executable, "-P", "-m", "deploy", *stage.words]
+        with leaving_results(folder / "results") as results:
+            options: dict[str, Any] = {"env": {**os.environ, RESULTS: str(results)}}
+            code = run_logged(words, children.append, jobs, log_path, options)
+            result = find_result(code, results, launcher)
+    finally:
+        recorder.end(*result)
+        lease.release()
+    if result.code == 0:
+        seconds = measure_seconds(folder, first)
+        write_record(pipeline, stage, seconds)
+        print(f"{name}: done, {seconds:.0f} s", file=sys.stderr, flush=True)
+    elif jobs > 1 and result.code != STOPPED_EXIT_CODE:
+        lines = log_path.read_text(errors="replace").splitlines(True)
+        end = "".join(lines[-FAILED_LOG_LINES:])
+        print(f"{name}: failed; the end of {log_path}:\n{end}", end="", file=sys.stderr)
+    return result
+
+
+@contextmanager
+def leaving_results(folder: Path) -> Iterator[Path]:
+    """Make a folder in which each process of a command leaves its result, for the block."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_logged(
+    words: Sequence[str],
+    started: Callable[[subprocess.Popen], None],
+    jobs: int,
+    log_path: Path,
+    options: dict[str, Any],
+) -> int:
+    """Run a command, and return its exit code.
+
+    Args:
+        words: the command.
+        started: is called with the process.
+        jobs: how many commands run at once: with more than one, it writes to a file and uses its
+            share of the cores.
+        log_path: the file.
+        options: of `subprocess.Popen`.
+    """
     if jobs == 1:
-        code = run_command(words)
-    else:
-        log_path = job.record.with_suffix(".log")
-        log_path.parent.mkdir(exist_ok=True)
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        with log_path.open("w") as log:
-            code = run_command(
-                words,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": str(threads), **os.environ},
-            )
-        if code:
-            lines = log_path.read_text(errors="replace").splitlines(True)
-            end = "".join(lines[-FAILED_LOG_LINES:])
-            print(f"{job.title}: failed; the end of {log_path}:\n{end}", end="", file=sys.stderr)
+        return run_command(words, started, **options)
+    options["env"].setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    log_path.parent.mkdir(exist_ok=True)
+    with log_path.open("w") as log:
+        return run_command(words, started, stdout=log, stderr=subprocess.STDOUT, **options)
 
-    # record it
-    seconds = round(time.monotonic() - began, 1)
+
+def find_result(code: int, results: Path, launcher: Sequence[str] = ()) -> StageResult:
+    """Return how a command ended: the exit code of the process at fault, and its line.
+
+    Args:
+        code: exit code of what was started, which may be a launcher; negative for a signal.
+        results: folder in which each process has left its result.
+        launcher: words of the launcher. Where no process has left a result, the code is its code,
+            and means something else.
+    """
     if code == 0:
-        record = {"fingerprint": job.fingerprint, "words": job.words, "seconds": seconds}
-        write_json(job.record, record)
-        print(f"{job.title}: done, {seconds:.0f} s", file=sys.stderr, flush=True)
-    return code
+        return StageResult(0, "")
+    if code < 0:
+        # A stage that ended before it could handle the signal lost nothing.
+        is_stopped = stop_requested() and -code in STOP_SIGNALS
+        code = STOPPED_EXIT_CODE if is_stopped else 128 - code
+    found = [StageResult(code, "")]
+    for path in sorted(results.glob("*.json")):
+        content = read_json(path)
+        if content["code"]:
+            found.insert(0, StageResult(content["code"], content["line"]))
+    if launcher and len(found) == 1 and code in REFUSED_EXIT_CODES:
+        text = f"{launcher[0]} ended with exit code {code} before the command did"
+        return StageResult(LOST_RANK_EXIT_CODE, text)
+    return min(found, key=lambda result: order_of_causes(result.code))
+
+
+def measure_seconds(folder: Path, first: int) -> float:
+    """Return the seconds that a stage's attempts took, from one number on."""
+    seconds = 0.0
+    for attempt in read_attempts(folder):
+        if attempt.number >= first and attempt.end:
+            seconds += attempt.end.at - attempt.begin
+    return seconds

@@ -37,12 +37,10 @@ from deploy.launcher import (
     PORT_IN_USE,
     SHARED_VERBS,
     WAITING_SECONDS,
+    order_of_causes,
     owning_ranks,
 )
 
-# Of exit codes found at the same moment, the first of these has caused the others.
-CAUSES = (2, 3, 1)
-CONSEQUENCES = (STOPPED_EXIT_CODE, LOST_RANK_EXIT_CODE)
 FAILED_LOG_LINES = 40  # of a failed rank that are printed
 
 
@@ -152,16 +150,6 @@ def print_waiting(endpoint: str) -> None:
     print(f"rectify: spread waits for the other nodes at {endpoint}", file=sys.stderr, flush=True)
 
 
-def order_of_causes(failure: ProcessFailure) -> tuple[int, int]:
-    """Return the key by which the cause of a failure sorts before its consequences."""
-    code = failure.exitcode
-    if code in CAUSES:
-        return CAUSES.index(code), failure.local_rank
-    if code in CONSEQUENCES:
-        return len(CAUSES) + 1 + CONSEQUENCES.index(code), failure.local_rank
-    return len(CAUSES), failure.local_rank  # ended by a signal
-
-
 def explain_failures(failures: Mapping[int, ProcessFailure], logs: Path) -> int:
     """Print the lines of the rank at fault, unless it wrote to the terminal; return its exit code.
 
@@ -169,7 +157,9 @@ def explain_failures(failures: Mapping[int, ProcessFailure], logs: Path) -> int:
         failures: of the ranks that were found to have failed first.
         logs: folder with the lines of ranks.
     """
-    failure = min(failures.values(), key=order_of_causes)
+    failure = min(
+        failures.values(), key=lambda one: (order_of_causes(one.exitcode), one.local_rank)
+    )
     code = failure.exitcode
 
     # A rank that a signal ended before it could handle it had nothing to save.

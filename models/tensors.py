@@ -1,6 +1,7 @@
 """Tensors: their checksums, their files (safetensors with a checksum), and nested values."""
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +40,19 @@ def to_safetensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> byte
     """Return the bytes of a safetensors file with a checksum in its metadata."""
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     return save(contiguous, {**metadata, "xxh3": _checksum(contiguous)})
+
+
+def sort_metadata(data: bytes) -> bytes:
+    """Return the bytes of a safetensors file with its metadata in order: equal ones are the same.
+
+    The library writes them in another order in every process.
+    """
+    start = 8  # the length of the header comes first
+    end = start + int.from_bytes(data[:start], "little")
+    header = json.loads(data[start:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return data[:start] + text.ljust(end - start) + data[end:]
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -89,7 +89,7 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a pipeline's stages in this process, which saves their imports."""
     import deploy.run
 
-    def run_in_process(words: list[str], **_: object) -> int:
+    def run_in_process(words: list[str], *_: object, **__: object) -> int:
         return run_command(*words[4:])
 
     monkeypatch.setenv("WANDB_MODE", "offline")

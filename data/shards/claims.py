@@ -1,32 +1,45 @@
-"""Claims: processes that come, go and differ in speed share the shards of a set by claim files."""
+"""Claims: processes that come, go and differ in speed share units of work by claim files."""
 
 import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from data.files import read_clock
-from data.shards.write import ShardWriter
+
+MAX_LEASE = 1e6  # seconds
+
+
+def check_lease(lease: float) -> None:
+    """Check that a lease is 0, for none, or a duration that makes sense.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if lease and not 0.1 <= lease <= MAX_LEASE:
+        raise ValueError(
+            f"lease is {lease} seconds; it must be at least 0.1 (0 for none), "
+            f"and at most {MAX_LEASE:.0f}"
+        )
 
 
 class Claims:
-    """Claim files with a lease, in the folder of a set.
+    """Claim files with a lease, in the folder of what is made.
 
     A process renews its claim; another one may take over a claim that was not renewed for `lease`
-    seconds. Claims only save work: if two processes make the same shard, both write the same bytes
+    seconds. Claims only save work: if two processes make the same unit, both write the same bytes
     under a temporary name.
 
     Args:
-        folder: the set. The claims are in a hidden folder in it.
+        folder: where the work is. The claims are in a hidden folder in it.
         lease: seconds, at least 0.1.
     """
 
     def __init__(self, folder: Path, lease: float):
-        if lease < 0.1:
-            raise ValueError(f"lease is {lease} seconds; it must be at least 0.1 (0 for none)")
+        check_lease(lease)
         self.folder = folder / ".claims"
         self.lease = lease
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +48,7 @@ class Claims:
         threading.Thread(target=self._renew, daemon=True).start()
 
     def take(self, number: int) -> bool:
-        """Claim a shard; return whether it worked."""
+        """Claim a unit; return whether it worked."""
         path = self.folder / f"{number:06d}"
         if not self._create(path):
             # Remove a stale claim. Of several processes that try it, one succeeds.
@@ -82,30 +95,35 @@ class Claims:
                     os.utime(held)
 
 
-def claim_shards(shards: ShardWriter, first: int, lease: float) -> Iterator[tuple[int, bool]]:
-    """Yield (number, True) for each shard to make, and (number, False) as others finish theirs.
+def claim_units(
+    folder: Path,
+    numbers: Iterable[int],
+    is_finished: Callable[[int], object],
+    lease: float,
+) -> Iterator[tuple[int, bool]]:
+    """Yield (number, True) for each unit to make, and (number, False) as others finish theirs.
 
-    It ends when all shards are finished. The shard of a process that died is made by another one.
+    It ends when all units are finished. The unit of a process that died is made by another one.
 
     Args:
-        shards: the set.
-        first: number to begin with. Processes seldom collide if each begins with another one.
+        folder: where the work is.
+        numbers: of the units, in the order in which this process tries to claim them. Processes
+            seldom collide if each begins with another one.
+        is_finished: whether the unit of a number is finished.
         lease: seconds after which a claim that was not renewed may be taken over.
     """
-    claims = Claims(shards.folder, lease)
-    numbers = list(shards.numbers())
-    first = first % len(numbers)
-    left = numbers[first:] + numbers[:first]
+    claims = Claims(folder, lease)
+    left = list(numbers)
     try:
         while left:
             before = len(left)
             for number in list(left):
-                if shards.finished(number):
+                if is_finished(number):
                     left.remove(number)
                     yield number, False
                 elif claims.take(number):
                     # Its previous owner may have finished it since it was tested above.
-                    if not shards.finished(number):
+                    if not is_finished(number):
                         yield number, True
                     claims.drop()
                     left.remove(number)

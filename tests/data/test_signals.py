@@ -154,3 +154,23 @@ with handle_signals(ends_process=True):
     _, status = os.waitpid(process, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert (tmp_path / "saved").exists()
+
+
+def test_a_command_ends_if_its_parent_was_killed_before_it_began(tmp_path):
+    begun = tmp_path / "begun"
+    code = f"""
+import os, signal, subprocess, time
+from functools import partial
+from pathlib import Path
+from data.signals import end_with_parent
+parent = os.getpid()
+def prepare():
+    os.kill(parent, signal.SIGKILL)
+    while os.getppid() == parent:
+        time.sleep(0.001)
+    end_with_parent(parent)
+subprocess.Popen(["touch", {str(begun)!r}], preexec_fn=prepare)
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True)
+    assert process.returncode == -signal.SIGKILL
+    assert not begun.exists()  # its output is closed, so it has ended

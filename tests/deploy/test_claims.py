@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 import yaml
 
-import deploy.run
 from data.files import read_json, write_json
+from deploy.pipeline import command, stage_verb
 from deploy.report.claims import gather, markdown
 from deploy.report.costs import Costs
-from deploy.run import command, load
+from deploy.run import run
 from tests.helpers.commands import REPOSITORY, run_command, succeed
+from tests.helpers.pipelines import read_stages
 from tests.helpers.refusals import assert_refused
 from trainer.toy import benchmark, train
 
 PIPELINE = REPOSITORY / "configs/claims/pipeline.yaml"
 CLAIMS = yaml.safe_load((REPOSITORY / "configs/claims/claims.yaml").read_text())["claims"]
-STAGES = load(PIPELINE).stages
+STAGES = read_stages(PIPELINE)
 SEEDS = {"0", "1", "2"}
 
 
@@ -46,11 +47,6 @@ def test_the_main_methods_have_three_seeds(methods):
     assert wanted <= measured_paths()
 
 
-def stage_verb(stage: dict[str, Any]) -> str:
-    """Return the verb of a pipeline's stage."""
-    return next(key for key in stage if key not in deploy.run.NON_VERB_KEYS)
-
-
 @pytest.mark.slow
 def test_the_smoke_run_tries_every_claim(workspace, tmp_path, monkeypatch, inside):
     """The stages run in this process; then every other run of seed 0, so that each config runs."""
@@ -60,7 +56,7 @@ def test_the_smoke_run_tries_every_claim(workspace, tmp_path, monkeypatch, insid
     (out / "images").mkdir(parents=True)
     classifier = workspace.path / "runs/demo/images/classifier.safetensors"
     (out / "images/classifier.safetensors").hardlink_to(classifier)
-    deploy.run.run(PIPELINE, out, smoke=True)
+    run(PIPELINE, out, smoke=True)
 
     # The page has a section for every claim, and lists what the smoke run leaves out.
     text = (out / "results.md").read_text()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data.shards import read_manifest
-from deploy.cli import VERBS, complete_flags, main
+from deploy.cli import POSITIONAL, VERBS, complete_flags, main
 from deploy.help import BOOL_HELP, LIST_HELP
 from models.checkpoint import fingerprint, load_checkpoint
 from models.codec import KL
@@ -56,7 +56,7 @@ def option_names(verb: str) -> list[str]:
         if is_dataclass(parameter.annotation):
             names += [field.name for field in fields(parameter.annotation)]
         else:
-            names.append(parameter.name)
+            names.append(parameter.name.rstrip("_"))
     return names
 
 
@@ -72,7 +72,7 @@ sys.exit(code)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not HEAVY_MODULES & set(done.stderr.split())
     for name in option_names(verb):
-        is_positional = (verb, name) in (("run", "config"), ("spread", "command"))
+        is_positional = POSITIONAL.get(verb) == name
         written = name.upper() if is_positional else f"--{name}"
         assert f"  {written} " in done.stdout
 
@@ -175,7 +175,7 @@ def test_a_value_of_another_type_is_refused_with_the_right_kind(refused, words, 
         (("toy", "pictur", "--out", "x"), ("'toy pictur'", "`toy picture`")),
         (("report", "sedes"), ("'report sedes'", "`report seeds`")),
         (("toy",), ("'toy'", "toy picture", "toy benchmark")),
-        (("table",), ("'table'", "rectify --help")),
+        (("xyzzy",), ("'xyzzy'", "rectify --help")),
     ],
     ids=["second word", "second word of a verb", "no second word", "unlike any"],
 )

@@ -38,6 +38,7 @@ WITH_COMMANDS = [page for page in PAGES if page.name != "pictures.md" and docume
 # Options that cut a documented command short.
 SHORT = {
     "run": ["--smoke"],
+    "launch": ["--smoke"],
     "fit": ["--trainer.max_steps", "2", "--trainer.logger", "false"],
     "collect": ["--pairs", "300", "--steps", "2"],
     "invert": ["--steps", "2"],

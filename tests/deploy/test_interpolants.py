@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-import deploy.run
 from data.files import read_json, write_json
+from deploy.pipeline import command
 from deploy.report.seeds import BEGIN, END, markdown
-from deploy.run import command, load
+from deploy.run import run
 from models.checkpoint import load_checkpoint
 from tests.helpers.commands import REPOSITORY, succeed
+from tests.helpers.pipelines import read_stages
 from tests.helpers.refusals import assert_refused
 from tests.helpers.training import read_config
 from trainer.jobs.device import choose_device
@@ -21,7 +22,7 @@ from trainer.jobs.options import DEFAULT_SAMPLING
 from trainer.jobs.run_sampler import RunSampler
 
 PIPELINE = REPOSITORY / "configs/interpolants/pipeline.yaml"
-STAGES = load(PIPELINE).stages
+STAGES = read_stages(PIPELINE)
 FITS = [stage for stage in STAGES if stage["name"].startswith("fit-")]
 
 
@@ -77,7 +78,7 @@ def test_the_smoke_run_makes_a_table(inside_workspace, tmp_path, inside):
     (tmp_path / "images").mkdir()
     classifier = inside_workspace / "runs/demo/images/classifier.safetensors"
     (tmp_path / "images/classifier.safetensors").hardlink_to(classifier)
-    deploy.run.run(PIPELINE, tmp_path, smoke=True)
+    run(PIPELINE, tmp_path, smoke=True)
     text = (tmp_path / "interpolants.md").read_text()
     assert "**DPMSolver2M**" in text
     assert "| vp-noise | " in text
@@ -125,10 +126,10 @@ def test_a_stochastic_sampler_draws_no_noise_in_one_step(drawing):
 @pytest.fixture
 def evaluations(workspace, tmp_path):
     """Return two evaluations of the demo, laid out as two seeds of one model."""
-    for seed, run in enumerate(("teacher", "student")):
+    for seed, name in enumerate(("teacher", "student")):
         folder = tmp_path / "evaluation" / "model" / str(seed) / "DDIM"
         folder.mkdir(parents=True)
-        shutil.copy(workspace.path / "runs/demo/evaluation" / run / "evaluation.json", folder)
+        shutil.copy(workspace.path / "runs/demo/evaluation" / name / "evaluation.json", folder)
     return tmp_path / "evaluation"
 
 

@@ -111,7 +111,7 @@ def test_a_failed_rank_that_lightning_started_ends_the_others(
     codes = []
     monkeypatch.setattr(launched_trainer, "WATCH_SECONDS", 0.01)
     monkeypatch.setattr(launched_trainer, "LAST_SECONDS", 0.01)
-    monkeypatch.setattr(launched_trainer.os, "_exit", codes.append)
+    monkeypatch.setattr(os, "_exit", codes.append)
     other = "sleep 60" if code else "true"
     ranks = [subprocess.Popen(["sh", "-c", f"exec {other}"])]
     ranks.append(subprocess.Popen(["sh", "-c", command]))
@@ -203,7 +203,7 @@ def test_a_task_of_slurm_is_translated(environment):
     adopt_launcher("collect")
     assert find_launch() == (3, 6, 2, 3)
     assert os.environ["MASTER_ADDR"] == "gpu07"
-    assert os.environ["MASTER_PORT"] == "18456"
+    assert 15000 <= int(os.environ["MASTER_PORT"]) < 30000
 
 
 def test_a_launcher_on_each_node_of_slurm_is_no_rank(environment):

@@ -10,7 +10,7 @@ import torch
 from data.dequantised import Dequantised
 from data.pack import pack
 from data.plane import Plane
-from deploy.run import command, load
+from deploy.pipeline import command
 from models import normalizing_flow as flows
 from models.condition import Unconditional
 from models.denoiser import Denoiser
@@ -19,6 +19,7 @@ from models.interpolant import Linear
 from models.nets.dit import DiT
 from models.prediction import Velocity
 from tests.helpers.commands import REPOSITORY, succeed
+from tests.helpers.pipelines import read_stages
 from tests.helpers.refusals import assert_refused
 from tests.helpers.teachers import save_teacher, save_weights
 from tests.helpers.training import fit_words, study_config, train
@@ -216,7 +217,7 @@ def of_the_plane(stage: dict[str, Any]) -> bool:
 
 def test_the_smoke_run_measures_the_digits(tmp_path, capsys):
     """The digits' stages run in this process, with the words of the configuration."""
-    for stage in load(PIPELINE).stages:
+    for stage in read_stages(PIPELINE):
         if not of_the_plane(stage):
             succeed(*command(stage, tmp_path, smoke=True))
     rows = json.loads((tmp_path / "digits/likelihood.json").read_text())["runs"]
@@ -226,6 +227,6 @@ def test_the_smoke_run_measures_the_digits(tmp_path, capsys):
 
 
 def test_the_pipeline_measures_every_run_on_the_plane():
-    stages = [stage for stage in load(PIPELINE).stages if of_the_plane(stage)]
+    stages = [stage for stage in read_stages(PIPELINE) if of_the_plane(stage)]
     *fits, last = stages
     assert [stage["fit"]["out"] for stage in fits] == last["likelihood"]["run"]

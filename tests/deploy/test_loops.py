@@ -9,11 +9,12 @@ from subprocess import PIPE
 from typing import Any
 
 import pytest
-import yaml
 
 from data.files import read_json
-from deploy.run import command, load, run, unroll
+from deploy.pipeline import command, load, unroll
+from deploy.run import run
 from tests.helpers.commands import REPOSITORY
+from tests.helpers.pipelines import write_pipeline
 from tests.helpers.refusals import refused
 
 VARIANTS = {
@@ -30,12 +31,6 @@ STAGE = {
     },
     "smoke": {"steps": "{seed}"},
 }
-
-
-def write_pipeline(path: Path, stages: list[dict[str, Any]]) -> Path:
-    """Write a pipeline with these stages."""
-    path.write_text(yaml.safe_dump({"out": "x", "stages": stages}))
-    return path
 
 
 def test_the_last_loop_changes_fastest():
@@ -128,7 +123,7 @@ def test_every_stage_of_a_loop_has_a_log_and_a_record(finished):
     records = [read_json(path) for path in sorted((out / "stages").glob("*.json"))]
     assert [record["words"][-1] for record in records] == ["8", "9", "8"]
     assert (out / "9/train/manifest.json").exists()
-    assert "images" in (out / "stages/01-pack-8.log").read_text()
+    assert "images" in (out / "stages/pack-8/logs/0001.txt").read_text()
 
 
 def test_finished_stages_of_a_loop_are_skipped(finished, capfd):
@@ -149,7 +144,7 @@ def test_a_refused_pipeline_leaves_the_copy_of_the_one_that_ran(finished, tmp_pa
     stages = looped_stages(8, 9)
     stages[1]["pack"]["size"] = 7
     other = write_pipeline(tmp_path / "other.yaml", stages)
-    with refused(out, "last", "--out"):
+    with refused(out, "last", "size", "'7'", "'8'", "--force", "--out"):
         run(other, out)
     assert (out / "pipeline.yaml").read_bytes() == config.read_bytes()
 

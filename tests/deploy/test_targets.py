@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
+from deploy.pipeline import load
 from deploy.report.summary import summarize
-from deploy.run import load
 from deploy.targets import compare_with_targets
 from tests.helpers.refusals import assert_refused, refused
 

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from deploy.cli import parse_options
-from deploy.run import command, load, run
+from deploy.pipeline import command, load
+from deploy.run import run
 from deploy.yaml_files import expand_home, read_yaml, yaml_files
 from tests.helpers.commands import REPOSITORY, run_command
 from tests.helpers.refusals import assert_refused, refused

@@ -3,6 +3,7 @@
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -14,9 +15,13 @@ def wait_until(process: subprocess.Popen, is_ready: Callable[[], object]) -> Non
 
 
 def find_children(pid: int) -> list[int]:
-    """Return the ids of a process's children."""
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in text.split()]
+    """Return the ids of the children of all of a process's threads."""
+    children = []
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
+            text = (thread / "children").read_text()
+            children += [int(child) for child in text.split()]
+    return children
 
 
 def find_descendants(pid: int) -> list[int]:

@@ -2,13 +2,13 @@
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
 from data.pairs import PairSet
 from tests.distributed.processes import wait_until
 from tests.distributed.runs import assert_fails
+from tests.helpers.results import read_results
 
 SETTINGS = ("--pairs", "640", "--steps", "4", "--shard", "64", "--batch", "32")
 
@@ -18,17 +18,12 @@ def command_words(out):
     return ("collect", "--teacher", "runs/demo/teacher", "--out", out, *SETTINGS)
 
 
-def read_files(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of every file in a folder."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(workspace, tmp_path_factory) -> dict[str, bytes]:
     """Return the files that an uninterrupted command writes."""
     out = tmp_path_factory.mktemp("pairs") / "uninterrupted"
     workspace.rectify(*command_words(out))
-    files = read_files(out)
+    files = read_results(out)
     assert "manifest.json" in files
     assert sum(name.endswith(".tar") for name in files) == 10
     return files
@@ -36,14 +31,14 @@ def uninterrupted(workspace, tmp_path_factory) -> dict[str, bytes]:
 
 def test_two_processes_write_the_same_bytes(workspace, uninterrupted, tmp_path):
     workspace.rectify(*command_words(tmp_path / "pairs"), processes=2)
-    assert read_files(tmp_path / "pairs") == uninterrupted
+    assert read_results(tmp_path / "pairs") == uninterrupted
 
 
 def test_repeating_a_finished_command_changes_nothing(workspace, tmp_path, uninterrupted):
     for name, data in uninterrupted.items():
         (tmp_path / name).write_bytes(data)
     workspace.rectify(*command_words(tmp_path))
-    assert read_files(tmp_path) == uninterrupted
+    assert read_results(tmp_path) == uninterrupted
 
 
 def test_a_finished_shard_is_not_written_again(workspace, uninterrupted, tmp_path):
@@ -56,7 +51,7 @@ def test_a_finished_shard_is_not_written_again(workspace, uninterrupted, tmp_pat
 
     workspace.rectify(*command_words(tmp_path))
 
-    assert read_files(tmp_path) == uninterrupted
+    assert read_results(tmp_path) == uninterrupted
     changed = {path.name for path, mtime in before.items() if path.stat().st_mtime_ns != mtime}
     assert changed == {"000004.tar", "000004.npy"}
 
@@ -65,11 +60,11 @@ def test_a_full_disk_keeps_the_finished_shards(workspace, uninterrupted, small_d
     out = small_disk.folder / "pairs"
     with small_disk.full(600_000, largest_file=60_000):
         assert_fails(workspace, command_words(out), small_disk.error, out / "0")
-    kept = {name: data for name, data in read_files(out).items() if name in uninterrupted}
+    kept = {name: data for name, data in read_results(out).items() if name in uninterrupted}
     assert kept
     assert all(uninterrupted[name] == data for name, data in kept.items())
     workspace.rectify(*command_words(out))
-    assert read_files(out) == uninterrupted
+    assert read_results(out) == uninterrupted
 
 
 def test_the_manifest_records_where_the_pairs_come_from(workspace):
@@ -114,5 +109,5 @@ def test_processes_that_start_and_die_share_the_shards(workspace, uninterrupted,
         assert process.returncode == 0, err
     first.communicate()
 
-    assert read_files(out) == uninterrupted
+    assert read_results(out) == uninterrupted
     assert not (out / ".claims").exists()

@@ -93,17 +93,20 @@ def test_losses_do_not_depend_on_processes_strategy_or_accumulation(workspace, t
     Only the order of sums differs, by less than 1e-5 over 50 steps.
     """
     curves = {}
+    norms = {}
     heldout_curves = {}
     for name, (processes, options) in WAYS.items():
         out = tmp_path / name
         devices = ("--trainer.devices", str(processes), "--trainer.val_check_interval", "10")
         workspace.rectify(*tiny_fit_words(out, 50, *options, *devices), processes=processes)
         curves[name] = losses(out)
+        norms[name] = [line["gradient_norm"] for line in log_lines(out) if "loss" in line]
         validations = [line for line in log_lines(out) if "heldout_loss" in line]
         heldout_curves[name] = [line["heldout_loss"] for line in validations]
     for name, curve in curves.items():
         assert len(curve) == 50, name
         assert curve == pytest.approx(curves["one"], rel=1e-5), name
+        assert norms[name] == pytest.approx(norms["one"], rel=1e-4), name
     assert len(heldout_curves["one"]) == 5
     assert heldout_curves["two"] == pytest.approx(heldout_curves["one"], rel=1e-5)
 

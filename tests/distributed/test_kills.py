@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from data.lease import NAME as LEASE
 from models.checkpoint import read_checkpoint
 from tests.distributed.processes import find_descendants
 from tests.distributed.runs import TRAINING_STATE, equal, tiny_fit_words
 from tests.helpers.commands import Workspace
-from tests.helpers.training import log_lines
+from tests.helpers.results import is_result, result_lines
 
 HELDOUT = (
     *("--data.heldout", "Latents", "--data.heldout.path", "runs/demo/latents"),
@@ -77,28 +76,22 @@ def is_intact(path: Path, expected: Path) -> bool:
 def find_final_files(out: Path) -> dict[str, Path]:
     """Return the files with final names; a temporary name begins with a dot.
 
-    A sharded checkpoint, which is a folder, counts as one file. The lease of a killed command
-    stays until the next one takes it over.
+    A sharded checkpoint, which is a folder, counts as one file.
     """
     in_checkpoints = {path for folder in out.rglob("*.ckpt") for path in folder.rglob("*")}
     files = {}
     for path in out.rglob("*"):
         name = path.relative_to(out)
         is_file = path.is_file() or path.suffix == ".ckpt"
-        is_temporary = path.name == LEASE or any(part.startswith(".") for part in name.parts)
-        if is_file and not is_temporary and path not in in_checkpoints:
+        is_temporary = any(part.startswith(".") for part in name.parts)
+        if is_file and is_result(name) and not is_temporary and path not in in_checkpoints:
             files[str(name)] = path
     return files
 
 
 def read_log(out: Path) -> list[dict]:
-    """Return the lines of a run's log without their times; none if the command has no log."""
-    if not (out / "metrics.jsonl").exists():
-        return []
-    lines = log_lines(out)
-    for line in lines:
-        line.pop("seconds", None)
-    return lines
+    """Return the lines of a run's log; none if the command has no log."""
+    return result_lines(out) if (out / "metrics.jsonl").exists() else []
 
 
 def assert_intact(out: Path, uninterrupted: Path) -> None:

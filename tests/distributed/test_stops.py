@@ -15,6 +15,7 @@ from models.checkpoint import newest_checkpoint, read_checkpoint
 from tests.distributed.processes import find_children, find_descendants, wait_until
 from tests.distributed.runs import CONFIG, TINY_RUN, tiny_fit_words
 from tests.helpers.refusals import refused_line
+from tests.helpers.results import read_results
 
 FIRST_PROCESS = ("unshare", "-pf", "--mount-proc")  # as in a container
 GRACE_SECONDS = 60  # on a machine that is busy with other tests
@@ -44,12 +45,6 @@ def stop(process, target):
 def has_loaded_torch(pid):
     """Return whether a process has begun with what takes time."""
     return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
-
-
-def read_files(folder):
-    """Return the bytes of all files in a folder, by name."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def write_pipeline(folder, out):
@@ -198,7 +193,7 @@ def test_two_containers_of_one_host_name_write_one_set(workspace, first_process,
         assert process.returncode == 0, err
     assert not list(tmp_path.rglob(".*"))
     workspace.rectify(*words[:position], tmp_path / "one", *words[position + 1 :], "--shard", "64")
-    assert read_files(tmp_path / "set") == read_files(tmp_path / "one")
+    assert read_results(tmp_path / "set") == read_results(tmp_path / "one")
 
 
 @pytest.mark.slow

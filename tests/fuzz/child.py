@@ -87,7 +87,7 @@ class AuditLog:
         return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR))
 
 
-def run_stage_in_process(words: list[str], **_: Any) -> int:
+def run_stage_in_process(words: list[str], *_: Any, **__: Any) -> int:
     """Run a pipeline's stage in this process.
 
     It calls the same `main` as a new interpreter would, without its start.

@@ -16,6 +16,7 @@ from data.digits import digits
 from data.pack import image_to_png
 from data.shards import ShardReader
 from tests.helpers.commands import REPOSITORY
+from tests.helpers.results import is_result, result_lines
 from tests.helpers.training import read_config, study_config
 
 FIT = (
@@ -205,7 +206,7 @@ RECIPES = BUILT | {
     ),
     "run": Recipe(
         ("run", "pipeline.yaml"),
-        reads=("pipeline.yaml", "piped/stages/*.json", "piped/summary.json"),
+        reads=("pipeline.yaml", "piped/stages/**/*.json", "piped/summary.json"),
         makes=("piped",),
         free_input=True,
     ),
@@ -310,7 +311,7 @@ def read_comparable(path: Path) -> Any:
     if path.suffix == ".json":
         return remove_durations(json.loads(path.read_bytes()))
     if path.suffix == ".jsonl":
-        return [remove_durations(json.loads(line)) for line in path.open()]
+        return result_lines(path.parent)
     if path.suffix == ".html":
         return len(path.read_bytes()) > 0  # its figures are those of summary.json
     return path.read_bytes()
@@ -331,7 +332,8 @@ def read_results(folder: Path, recipe: Recipe, damaged: Path | None = None) -> d
         files = [top] if top.is_file() else sorted(top.rglob("*"))
         for path in files:
             relative = path.relative_to(folder)
-            if path.is_file() and path != damaged and not is_hidden(relative):
+            is_made = is_result(relative) and not is_hidden(relative)
+            if path.is_file() and path != damaged and is_made:
                 results[str(relative)] = read_comparable(path)
     return results
 

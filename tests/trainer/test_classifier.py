@@ -7,6 +7,7 @@ import torch
 
 from data.images import Images
 from models.codec import Identity
+from models.tensors import read_safetensors, sort_metadata, to_safetensors
 from trainer.jobs import evaluate
 from trainer.metrics import classifier
 
@@ -41,6 +42,17 @@ def test_evaluations_side_by_side_train_one_classifier(workspace, tmp_path, monk
     for other in others:
         for key, value in first.items():
             assert torch.equal(value, other[key])
+
+
+def test_equal_classifiers_are_equal_files(tmp_path):
+    tensors = {"b": torch.ones(3), "a": torch.zeros(2)}
+    metadata = dict.fromkeys("fedcba", "é")
+    found = {sort_metadata(to_safetensors(tensors, metadata)) for _ in range(5)}
+    assert len(found) == 1
+    (tmp_path / "file").write_bytes(found.pop())
+    read, described = read_safetensors(tmp_path / "file")
+    assert torch.equal(read["b"], tensors["b"])
+    assert described.items() >= metadata.items()
 
 
 def test_floors_are_computed_once_for_each_network_of_features(workspace, tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -10,13 +12,14 @@ import torch
 from PIL import Image
 from webdataset import TarWriter
 
+from data import files
 from data.images import Images
 from data.index import index
 from data.latents import Latents
 from data.pack import pack
 from data.shards import read_manifest
 from models.checkpoint import FORMAT
-from models.codec import KL, save_codec
+from models.codec import KL, load_codec, save_codec
 from tests.data.test_images import write_photos
 from tests.helpers.codecs import small_vae
 from tests.helpers.refusals import refused
@@ -151,3 +154,24 @@ def test_images_that_were_indexed_with_other_options_are_other_images(folder, tm
     index(tmp_path, background="black")
     with refused(tmp_path / "latents", "images", kind=ValueError):
         encode(tmp_path, folder / "vae", tmp_path / "latents")
+
+
+def test_leased_processes_that_start_together_write_one_codec(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "RENAME_EXCHANGE", 1 << 10)  # as on a file system that cannot swap
+    out = tmp_path / "latents"
+    loading = Lock()
+
+    def load_in_turn(path):  # diffusers changes torch while it loads: not in two threads at once
+        with loading:
+            return load_codec(path)
+
+    monkeypatch.setattr("trainer.jobs.encode.load_codec", load_in_turn)
+
+    def encode_leased(_):
+        encode(folder / "images/train", folder / "vae", out, shard=4, lease=1.0)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(encode_leased, range(12)))
+    assert KL(str(out / "codec")).weights() == KL(str(folder / "vae")).weights()
+    assert (out / "manifest.json").exists()
+    assert not list(out.glob("*.lock"))

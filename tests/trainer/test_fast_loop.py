@@ -15,8 +15,9 @@ from models.nets.mlp import MLP
 from models.prediction import Velocity
 from tests.distributed.runs import equal, final_state
 from tests.helpers.refusals import refused
+from tests.helpers.results import result_lines
 from tests.helpers.teachers import save_teacher
-from tests.helpers.training import log_lines, small_config, spec, train
+from tests.helpers.training import small_config, spec, train
 from trainer.engine.fast_loop import MODULE_HOOKS, STEP_HOOKS, fast_loop
 
 FUNCTIONS = inspect.getmembers(Callback, inspect.isfunction)
@@ -162,8 +163,8 @@ def distilled(tmp_path_factory):
 
 
 def logged(run):
-    """Return a run's log without the times, and without the configuration's checksum."""
-    return [{**line, "seconds": None, "run": None} for line in log_lines(run)]
+    """Return a run's log without the circumstances and the configuration's checksum."""
+    return [{**line, "run": None} for line in result_lines(run)]
 
 
 @pytest.mark.parametrize("words", [(), ("--trainer.accumulate_grad_batches", "2")])

@@ -14,6 +14,7 @@ from models.condition import ClassLabel, Unconditional
 from models.sampler import RungeKutta4
 from tests.helpers.commands import Workspace
 from tests.helpers.refusals import refused
+from tests.helpers.results import list_results, read_results
 from tests.helpers.teachers import SHAPE, save_teacher, small_denoiser
 from trainer.jobs.collect import collect
 from trainer.jobs.invert import invert
@@ -42,10 +43,6 @@ def folder(tmp_path_factory):
     assert writer.finish(shape=list(SHAPE))
     invert(folder / "teacher", folder / "latents", folder / "inverted", **SETTINGS)
     return folder
-
-
-def read_files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_the_same_sampler_maps_the_noises_back_to_the_latents(folder):
@@ -97,18 +94,18 @@ def test_two_processes_write_the_same_bytes(folder, tmp_path):
     for process in processes:
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-    for name, content in read_files(folder / "inverted").items():
+    for name, content in read_results(folder / "inverted").items():
         assert (tmp_path / "two" / name).read_bytes() == content, name
-    assert len(list((tmp_path / "two").iterdir())) == 3 * 5 + 2
+    assert len(list_results(tmp_path / "two")) == 3 * 5 + 2
 
 
 def test_a_second_run_writes_only_the_missing_shards(folder, tmp_path):
-    before = read_files(folder / "inverted")
+    before = read_results(folder / "inverted")
     for name in before.keys() - {"000002.json", "manifest.json"}:
         (tmp_path / name).write_bytes(before[name])
     stamp = (tmp_path / "000001.tar").stat().st_mtime_ns
     invert(folder / "teacher", folder / "latents", tmp_path, **SETTINGS)
-    assert read_files(tmp_path) == before
+    assert read_results(tmp_path) == before
     assert (tmp_path / "000001.tar").stat().st_mtime_ns == stamp
 
 

@@ -232,7 +232,9 @@ def write_line(folder, values, loggers=()):
     log.path = folder / "metrics.jsonl"
     log.began = 0.0
     log.run_id = "12345678"
-    log._write(SimpleNamespace(loggers=loggers, is_global_zero=True, global_step=3), values)
+    log.attempt = 1
+    trainer = SimpleNamespace(loggers=loggers, is_global_zero=True, global_step=3, world_size=1)
+    log._write(trainer, values)
     return log.path
 
 

@@ -19,7 +19,8 @@ from models.prediction import Velocity
 from tests.distributed.runs import equal, final_state
 from tests.helpers.commands import Workspace
 from tests.helpers.refusals import assert_refused, refused
-from tests.helpers.training import SMALL_DIT, fit_words, log_lines, small_config, spec, train
+from tests.helpers.results import result_lines
+from tests.helpers.training import SMALL_DIT, fit_words, small_config, spec, train
 from tests.oracle import single
 from trainer.callbacks.trajectory_metrics import TrajectoryMetrics, averaged_weights
 from trainer.metrics.trajectories import CURVATURE_PARTS, measure_trajectories
@@ -72,10 +73,9 @@ def config(images):
 
 
 def read_log(run):
-    """Return the lines of a run's log without their seconds and the configuration's checksum."""
-    lines = log_lines(run)
+    """Return a run's log without the circumstances and the configuration's checksum."""
+    lines = result_lines(run)
     for line in lines:
-        line.pop("seconds", None)
         line.pop("run", None)
     return lines
 

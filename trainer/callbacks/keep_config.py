@@ -1,8 +1,6 @@
 """The configuration of a run, written to its folder and into its checkpoints."""
 
-import subprocess
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
+from data.attempts import revision
 from data.files import atomic_file
 from data.progress import print_message
 from trainer.optimization import apply_configured_settings
-
-
-def revision() -> str:
-    """Return the git commit, with "-dirty" if files were changed, or the package's version."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():  # installed from a wheel, perhaps inside another repository
-        return version("rectify")
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # git is not installed, or fails
-        return version("rectify")
 
 
 class KeepConfig(SaveConfigCallback):

@@ -2,24 +2,33 @@
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from data.attempts import peak_memory, recorded_number, set_hosts
+from data.batch import Batch
 from data.files import atomic_file, set_aside
 from data.progress import Meter, print_message
 from trainer.callbacks.checkpoint import Checkpoints, find_run_id
 from trainer.callbacks.keep_config import KeepConfig
+from trainer.engine.fsdp import to_local
+from trainer.engine.step_timer import StepTimer
 from trainer.engine.trainer_parts import find_callback
 from trainer.run_log import read_log
 from trainer.step_outputs import PerSample, StepOutputs
+from trainer.utilization import FlopCount, peak_of
 
 
 class MetricsLog(Callback):
@@ -35,6 +44,10 @@ class MetricsLog(Callback):
     `evaluations` is what training has cost so far: forward passes of denoisers, one per sample, on
     all ranks and across restarts. It includes the passes of the student, its teachers and anything
     else that an objective evaluates, but not those of validations.
+
+    `samples_per_second`, `data_wait` (the part of the time that training waited for batches) and
+    `mfu` are those since the last line, without validations. `learning_rate` is the first parameter
+    group's in this step, `gradient_norm` that of all gradients before they are clipped.
 
     Args:
         every: optimizer steps between lines.
@@ -58,17 +71,36 @@ class MetricsLog(Callback):
         # Evaluations of this rank since then, in finished steps.
         self.evaluations = 0
 
+        # Of the step that is logged next.
+        self.learning_rate = 0.0
+        self.squared_norm: Tensor | None = None  # of this rank's gradients
+
+        # FLOPs of this rank in a step: while they are counted, and then.
+        self.flop_count: FlopCount | None = None
+        self.flops = 0
+
         self.open_meter = ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove lines of steps that will be repeated, and start the progress meter."""
+        # Record the hosts of all ranks.
+        if dist.is_initialized():
+            hosts = [""] * trainer.world_size
+            dist.all_gather_object(hosts, os.uname().nodename)
+            set_hosts(hosts)
+
         # Start counting.
         self.step = trainer.global_step
         self.began = time.monotonic()
         self.evaluations = 0
+        self.logged_step = self.step
+        self.timer = StepTimer(trainer.fit_loop.epoch_loop)
+        self.peak = peak_of(trainer.strategy.root_device, trainer.precision)
+        self.counted_step = self.step + 1  # the first one compiles
 
         # Start the meter.
         self.path = Path(trainer.default_root_dir) / "metrics.jsonl"
+        self.attempt = recorded_number(self.path.parent)
         name = f"fit {self.path.parent.name}"
         meter = Meter(name, trainer.max_steps, "steps", self.step, trainer.is_global_zero)
         self.meter = self.open_meter.enter_context(meter)
@@ -108,8 +140,39 @@ class MetricsLog(Callback):
                 if values["step"] <= self.step:
                     file.write(line + b"\n")
 
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Begin to count the FLOPs of a step, if that is of use."""
+        if self.peak and self.step == self.counted_step and self.flop_count is None:
+            self.flop_count = FlopCount()
+            self.flop_count.__enter__()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Note the learning rate and the norm of the gradients, if this step is logged."""
+        if not self._is_logged(trainer, self.step + 1):
+            return
+        self.learning_rate = float(optimizer.param_groups[0]["lr"])
+        self.squared_norm = sum_squares(pl_module.parameters())
+
+    def _stop_counting(self) -> None:
+        """Keep the FLOPs that were counted."""
+        assert self.flop_count is not None
+        self.flop_count.__exit__(None, None, None)
+        self.flops = self.flop_count.total
+        self.flop_count = None
+
+    def _is_logged(self, trainer: Trainer, step: int) -> bool:
+        """Return whether a line is written after a number of steps."""
+        return step % self.every == 0 or step == trainer.max_steps
+
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
         """Record a micro-batch; after an optimizer step, write a line if one is due."""
         # Record the micro-batch.
@@ -125,11 +188,15 @@ class MetricsLog(Callback):
         self.outputs = []
         for micro_batch in step_outputs:
             self.evaluations += micro_batch.get("evaluations", 0)
+        if self.flop_count:
+            self._stop_counting()
 
         # Write a line.
-        if step % self.every == 0 or step == trainer.max_steps:
+        if self._is_logged(trainer, step):
             values = self._average(trainer, step_outputs)
+            values |= self._measure(trainer, batch.size)
             self._write(trainer, values)
+            self.meter.values = {"loss": values["loss"], "data_wait": values["data_wait"]}
             self.meter.add(0, f"loss {values['loss']:.4f}")
 
     def _average(self, trainer: Trainer, outputs: list[StepOutputs]) -> dict[str, float]:
@@ -165,6 +232,37 @@ class MetricsLog(Callback):
             values["evaluations"] = evaluations
         return values
 
+    def _measure(self, trainer: Trainer, batch: int) -> dict[str, float]:
+        """Return the other values of a line: of this step, and of the time since the last line.
+
+        Args:
+            trainer: the trainer.
+            batch: samples in a step, on all ranks.
+        """
+        # The step.
+        values = {"learning_rate": self.learning_rate}
+        if self.squared_norm is not None:
+            squared = self.squared_norm
+            if any(isinstance(value, DTensor) for value in trainer.lightning_module.parameters()):
+                squared = trainer.strategy.reduce(squared, reduce_op="sum")
+            values["gradient_norm"] = squared.sqrt().item()
+            self.squared_norm = None
+
+        # The time since the last line.
+        seconds = self.timer.seconds()
+        steps = self.step - self.logged_step
+        rate = batch * steps / seconds
+        values["samples_per_second"] = rate
+        values["samples_per_second_per_device"] = rate / trainer.world_size
+        values["data_wait"] = self.timer.waited / seconds
+        if self.peak and self.flops:
+            values["mfu"] = self.flops * steps / (seconds * self.peak)
+        self.timer.restart()
+        self.logged_step = self.step
+
+        values["peak_memory"] = peak_memory()
+        return values
+
     def _total_evaluations(self, trainer: Trainer) -> int | None:
         """Return the evaluations in all finished steps on all ranks; None if some have no count."""
         mine = torch.tensor(self.evaluations, device=trainer.strategy.root_device)
@@ -183,6 +281,11 @@ class MetricsLog(Callback):
         """Load the number of evaluations."""
         self.loaded_evaluations = checkpoint.get("evaluations")
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the validation out of the time of training."""
+        if not trainer.sanity_checking:
+            self.timer.pause()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write all that the validation logged into a separate line."""
         if trainer.sanity_checking:
@@ -199,7 +302,13 @@ class MetricsLog(Callback):
             logger.save()
         if trainer.is_global_zero:
             seconds = round(time.monotonic() - self.began, 3)
-            line: dict[str, Any] = {"step": trainer.global_step, "seconds": seconds}
+            line: dict[str, Any] = {
+                "step": trainer.global_step,
+                "seconds": seconds,
+                "time": round(time.time(), 3),
+                "attempt": self.attempt,
+                "world": trainer.world_size,
+            }
             for name, value in values.items():
                 line[name] = value if math.isfinite(value) else None  # JSON has no NaN
             line["run"] = self.run_id
@@ -209,6 +318,21 @@ class MetricsLog(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop the progress meter, also after an error."""
         self.open_meter.close()
+        if self.flop_count:
+            self._stop_counting()
+
+
+def sum_squares(weights: Iterable[Tensor]) -> Tensor:
+    """Return the sum of the squares of this rank's gradients, in float32.
+
+    Args:
+        weights: those of a module.
+    """
+    gradients = [to_local(weight.grad) for weight in weights if weight.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norms = torch._foreach_norm(gradients, 2, torch.float32)
+    return torch.stack(norms).square().sum()
 
 
 def average_by_time(

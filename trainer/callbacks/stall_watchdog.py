@@ -1,8 +1,6 @@
 """Detects stalled training: names the rank that the others wait for, and ends the process."""
 
-import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -15,9 +13,11 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from data.attempts import exit_now
 from models.denoiser import count_evaluations
 
 STALLED_EXIT_CODE = 4
+STOPPING_SECONDS = 10.0  # that the report under way may take at the end
 
 
 class Phase(IntEnum):
@@ -91,6 +91,7 @@ class StallWatchdog(Callback):
         self.progress = RankProgress()
         self.idle = False  # with a single rank there is nothing to do in a step
         self.stopping = threading.Event()
+        self.reporting: threading.Thread | None = None
         self.counting = ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,8 +106,10 @@ class StallWatchdog(Callback):
         self.counter = self.counting.enter_context(count_evaluations())
         self.reports = [""] * trainer.world_size
         self.reports_read = time.monotonic()
-        for work in (partial(self._report, store, trainer.global_rank), self._watch):
-            threading.Thread(target=work, daemon=True).start()
+        work = partial(self._report, store, trainer.global_rank)
+        self.reporting = threading.Thread(target=work, daemon=True)
+        self.reporting.start()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Note that data were read."""
@@ -131,8 +134,20 @@ class StallWatchdog(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop the threads."""
+        self._stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Stop the threads; Lightning does not call `teardown` then."""
+        self._stop()
+
+    def _stop(self) -> None:
         self.stopping.set()
         self.counting.close()
+        # A thread inside torch's store when the process ends would abort it (exit code 134).
+        if self.reporting is not None:
+            self.reporting.join(STOPPING_SECONDS)
 
     def _report(self, store: dist.Store, rank: int) -> None:
         """Write this rank's progress to the store on the first host; read that of all ranks."""
@@ -172,9 +187,8 @@ class StallWatchdog(Callback):
     def _end(self, reason: str) -> None:
         if self.stopping.is_set():
             return
-        print(f"rectify: error: {reason}; run the same command again", file=sys.stderr, flush=True)
         # Not `sys.exit`: the main thread may wait in a collective.
-        os._exit(STALLED_EXIT_CODE)
+        exit_now(STALLED_EXIT_CODE, f"{reason}; run the same command again")
 
 
 def read_reports(store: dist.Store, ranks: int) -> list[str]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.cache import exclusive
 from data.files import atomic_folder, canonical, digest
 from data.images import Images
 from data.latents import latent_sample
@@ -172,7 +173,8 @@ def encode(
     else:
         report_kept_scale(kl, source)
     if state.is_main_process:
-        with atomic_folder(out / "codec") as folder:
+        # Leased processes do so, too; some file systems cannot swap folders.
+        with exclusive(out / CODEC), atomic_folder(out / CODEC) as folder:
             kl.save(folder)
 
     # Encode the images, shard by shard.

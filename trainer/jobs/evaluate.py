@@ -1,24 +1,38 @@
 """Evaluation: sample quality against the number of network evaluations."""
 
+import logging
 import os
+import shutil
 import time
 from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from data.files import atomic_path, canonical, digest, file_digest, read_json, write_json
+from data.attempts import begin_attempt
+from data.files import (
+    atomic_file,
+    atomic_path,
+    canonical,
+    digest,
+    file_digest,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from data.images import Images, read_all
-from data.progress import Meter
-from models.codec import KL, Codec
+from data.shards.claims import check_lease, claim_units
+from models.codec import KL, Codec, describe_codec
 from models.condition import ClassLabel
 from models.diffusers.text import Prompts
+from models.tensors import read_safetensors, to_safetensors
 from trainer.jobs import job
+from trainer.jobs.collect import provenance
 from trainer.jobs.options import (
     DEFAULT_SAMPLING,
     AnySampler,
@@ -32,143 +46,185 @@ from trainer.metrics.extractor import Extractor, FeatureFunction, ResizeFilter
 from trainer.metrics.sample_distances import frechet_distance, nearest_distance, recall
 from trainer.metrics.trajectories import measure_trajectories
 
+log = logging.getLogger(__name__)
 SAMPLE_CHUNK = 250  # samples generated at once
 TRAJECTORY_COUNT = 250  # trajectories that are measured
 GRID_ROWS = 4
 GRID_COLUMNS = 10  # without classes; else a column for each class
+# Entries of an evaluation that do not identify it; `steps` and `teacher` have figures, too.
+FIGURES = ("first_orderness", "straightness", "curvature", "floors", "seconds")
 
 
-class _ChunkResult(NamedTuple):
-    start: int  # index of the first sample
-    features: Tensor
-    hits: Tensor | None  # whether the classifier predicts the requested class
+class Chunk(NamedTuple):
+    """Samples that one process measures at once."""
+
+    folder: Path  # of its sampler's results
+    sampler: AnySampler
+    of_teacher: bool
+    steps: int
+    indices: range
 
 
-def share_chunks(samples: int, state: PartialState) -> list[range]:
-    """Return the indices of the samples that this process generates, in chunks."""
-    chunks = []
-    for start in range(0, samples, SAMPLE_CHUNK):
-        chunks.append(range(start, min(samples, start + SAMPLE_CHUNK)))
-    return job.share(state, chunks)
-
-
-def measure_samples(
-    run_sampler: RunSampler,
-    features: FeatureFunction,
-    real: Tensor,
-    steps: int,
-    samples: int,
-    state: PartialState,
-    meter: Meter,
-) -> dict[str, Any]:
-    """Return the metrics of samples at one number of steps.
+def list_chunks(
+    names: dict[Path, AnySampler], steps: list[int], samples: int, has_teacher: bool
+) -> list[Chunk]:
+    """Return the chunks of all samples, those that take longest first.
 
     Args:
-        run_sampler: generates the samples, in chunks that are divided among the processes.
-        features: the feature function.
+        names: the samplers' names, by output folder.
+        steps: numbers of steps.
+        samples: number of samples at each number of steps.
+        has_teacher: whether a teacher is sampled, too.
+    """
+    # The teacher is sampled with the most steps, by a sampler that draws no further noise.
+    sampled: list[tuple[Path, AnySampler, bool, int]] = []
+    for folder, name in names.items():
+        if has_teacher:
+            is_deterministic = name in get_args(DeterministicSampler)
+            sampled.append((folder, name if is_deterministic else "DDIM", True, max(steps)))
+        sampled += [(folder, name, False, n) for n in set(steps)]
+    sampled.sort(key=lambda item: item[-1], reverse=True)
+
+    # Samples depend on their indices, not on the process.
+    chunks = []
+    for item in sampled:
+        for start in range(0, samples, SAMPLE_CHUNK):
+            chunks.append(Chunk(*item, range(start, min(samples, start + SAMPLE_CHUNK))))
+    return chunks
+
+
+def identify(evaluation: dict[str, Any]) -> bytes:
+    """Return what identifies an evaluation: its entries but the figures."""
+    identity = {key: value for key, value in evaluation.items() if key not in FIGURES}
+    identity["steps"] = sorted(evaluation.get("steps", {}))
+    if "teacher" in evaluation:
+        teacher = evaluation["teacher"]
+        identity["teacher"] = [teacher.get(key) for key in ("run", "denoiser", "steps")]
+    return canonical(identity)
+
+
+class EvaluationFiles:
+    """The files of an evaluation: its measured chunks until it is finished, and its results.
+
+    The chunks are OUT/.chunks-HEX.tmp/N.safetensors. HEX identifies the evaluation, so that another
+    one in OUT uses none of them. What is left of killed evaluations is removed as temporary files
+    are (`data.files.remove_leftovers`).
+
+    Args:
+        out: folder for the results.
+        evaluations: contents of evaluation.json without the figures, by output folder.
+        inputs: plain values that identify what is evaluated, beside these.
+    """
+
+    def __init__(self, out: Path, evaluations: dict[Path, dict[str, Any]], inputs: list[Any]):
+        self.identities = {folder: identify(found) for folder, found in evaluations.items()}
+        texts = [identity.decode() for identity in self.identities.values()]
+        self.folder = out / f".chunks-{digest(canonical([*texts, *inputs]))[:16]}.tmp"
+
+    def is_written(self) -> bool:
+        """Whether the results of this evaluation are written."""
+        for folder, identity in self.identities.items():
+            path = folder / "evaluation.json"
+            if not path.exists() or identify(read_json(path)) != identity:
+                return False
+        return True
+
+    def path(self, number: int) -> Path:
+        """Return the file of a chunk."""
+        return self.folder / f"{number:06d}.safetensors"
+
+    def write(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """Write what was measured of a chunk."""
+        try:
+            with atomic_file(self.path(number)) as file:
+                file.write(to_safetensors(tensors, {}))
+        except FileNotFoundError:
+            # Another process may have measured this chunk too, and removed the folder at the end.
+            if not self.is_written():
+                raise
+
+    def read(self, number: int) -> dict[str, Tensor]:
+        """Return what was measured of a chunk."""
+        return read_safetensors(self.path(number))[0]
+
+    def remove(self) -> None:
+        """Remove the chunks, and what is left of other evaluations."""
+        shutil.rmtree(self.folder, ignore_errors=True)  # another process may do it, too
+        remove_leftovers(self.folder.parent)
+
+
+def measure_chunk(
+    run_sampler: RunSampler, features: FeatureFunction, chunk: Chunk
+) -> dict[str, Tensor]:
+    """Return the features of a chunk of samples.
+
+    With classes also `hits`: whether the classifier predicts the requested class.
+    """
+    # Prompts have no classes to compare with.
+    reads_prompts = isinstance(run_sampler.condition, Prompts)
+    run_sampler.with_sampler(chunk.sampler)
+    images, raw = run_sampler.draw_images(chunk.indices, chunk.steps)
+    fake, logits = features(images)
+    tensors = {"features": fake}
+    if raw is not None and logits is not None and not reads_prompts:
+        tensors["hits"] = logits.argmax(1) == raw
+    return tensors
+
+
+def compare_samples(parts: list[dict[str, Tensor]], real: Tensor) -> dict[str, float]:
+    """Return the metrics of samples.
+
+    Args:
+        parts: what was measured of their chunks, in the order of their indices.
         real: features of real images, (n, d).
-        steps: steps of the sampler.
-        samples: number of samples.
-        state: this process.
-        meter: counts network evaluations.
 
     Returns:
-        Frechet distance (fd), recall, precision, mean distance to the nearest real image, network
-        evaluations per sample (nfe), and with classes the accuracy.
+        Frechet distance (fd), recall, precision, mean distance to the nearest real image, and with
+        classes the accuracy.
     """
-    # Generate this process's chunks. Prompts have no classes to compare with.
-    reads_prompts = isinstance(run_sampler.condition, Prompts)
-    results: list[_ChunkResult] = []
-    for chunk in share_chunks(samples, state):
-        images, raw = run_sampler.draw_images(chunk, steps)
-        fake, logits = features(images)
-        correct = None
-        if raw is not None and logits is not None and not reads_prompts:
-            correct = logits.argmax(1) == raw
-        results.append(_ChunkResult(chunk.start, fake, correct))
-        meter.add(len(chunk) * steps)
-
-    # Gather those of all processes.
-    gathered = sorted(gather_object(results), key=lambda result: result.start)
-    fake = torch.cat([result.features for result in gathered])
-    hits = [result.hits for result in gathered if result.hits is not None]
-
-    # Compare with the real images.
-    metrics: dict[str, Any] = {
+    fake = torch.cat([part["features"] for part in parts])
+    metrics = {
         "fd": frechet_distance(real, fake),
         "recall": recall(real, fake),
         "precision": recall(fake, real),
         "nearest": nearest_distance(real, fake),
-        "nfe": run_sampler.build_sampler(steps).nfe(run_sampler.denoiser),
     }
-    if len(hits) == len(gathered):
-        all_hits = torch.cat(hits).float()
+    if "hits" in parts[0]:
+        all_hits = torch.cat([part["hits"] for part in parts]).float()
         metrics["accuracy"] = all_hits.mean().item()
     return metrics
 
 
-def measure_samplers(
-    run_sampler: RunSampler,
-    names: dict[Path, AnySampler],
-    teacher_sampler: RunSampler | None,
-    features: FeatureFunction,
+def add_metrics(
+    evaluations: dict[Path, dict[str, Any]],
+    chunks: list[Chunk],
+    files: EvaluationFiles,
+    run_samplers: list[RunSampler],
     real: Tensor,
-    steps: list[int],
-    samples: int,
-    state: PartialState,
-) -> dict[Path, dict[str, Any]]:
-    """Return the metrics of each sampler, by output folder.
+) -> None:
+    """Add the metrics of all samples to the evaluations, with the drift if there is a teacher.
 
     Args:
-        run_sampler: generates the run's samples.
-        names: the samplers' names, by output folder.
-        teacher_sampler: generates the teacher's samples, or None.
-        features: the feature function.
+        evaluations: by output folder.
+        chunks: chunks of the samples.
+        files: what was measured of them.
+        run_samplers: generated the samples of the run, and of its teacher if there is one.
         real: features of real images, (n, d).
-        steps: numbers of steps.
-        samples: number of samples at each number of steps.
-        state: this process.
-
-    Returns:
-        `steps`: metrics by number of steps. With a teacher also `teacher`: its metrics at the
-        largest number of steps.
     """
-    # Count the evaluations of this process, for the progress line.
-    most = max(steps)
-    evaluations = sum(steps)
-    if teacher_sampler:
-        evaluations += most
-    share = sum(map(len, share_chunks(samples, state)))
-    total = share * evaluations * len(names)
-
-    found: dict[Path, dict[str, Any]] = {}
-    title = f"evaluate {run_sampler.run.name}"
-    with Meter(title, total, "evaluations", shown=state.is_main_process) as meter:
-        for folder, name in names.items():
-            # The run.
-            run_sampler.with_sampler(name)
-            by_steps = {}
-            for n in steps:
-                metrics = measure_samples(run_sampler, features, real, n, samples, state, meter)
-                by_steps[str(n)] = metrics
-            found[folder] = {"steps": by_steps}
-            if not teacher_sampler:
-                continue
-
-            # Its teacher, from the same noises, with a sampler that draws no further noise.
-            is_deterministic = name in get_args(DeterministicSampler)
-            teacher_sampler.with_sampler(name if is_deterministic else "DDIM")
-            metrics = measure_samples(teacher_sampler, features, real, most, samples, state, meter)
-            found[folder] = {
-                "steps": add_drift(by_steps, metrics),
-                "teacher": {
-                    "run": str(teacher_sampler.run),
-                    "denoiser": teacher_sampler.fingerprint,
-                    "steps": most,
-                    **metrics,
-                },
-            }
-    return found
+    numbered = groupby(enumerate(chunks), key=lambda item: item[1][:-1])  # all but the indices
+    for (folder, name, of_teacher, steps), group in numbered:
+        sampler = run_samplers[of_teacher].with_sampler(name)
+        metrics: dict[str, Any] = {
+            **compare_samples([files.read(number) for number, _ in group], real),
+            "nfe": sampler.build_sampler(steps).nfe(sampler.denoiser),
+        }
+        if of_teacher:
+            evaluations[folder]["teacher"] |= metrics
+        else:
+            evaluations[folder]["steps"][str(steps)] = metrics
+    for evaluation in evaluations.values():
+        if "teacher" in evaluation:
+            evaluation["steps"] = add_drift(evaluation["steps"], evaluation["teacher"])
 
 
 def add_drift(
@@ -325,6 +381,46 @@ def limit_classes(run_samplers: Iterable[RunSampler], classes: int) -> None:
         run_sampler.classes = classes if has_more else None
 
 
+def describe_evaluations(
+    run_samplers: list[RunSampler],
+    names: dict[Path, AnySampler],
+    steps: list[int],
+    references: dict[str, Any],
+    settings: dict[str, Any],
+) -> dict[Path, dict[str, Any]]:
+    """Return the contents of evaluation.json without the figures, by output folder.
+
+    Args:
+        run_samplers: generate the samples of the run, and of its teacher if there is one.
+        names: the samplers' names, by output folder.
+        steps: numbers of steps.
+        references: what identifies the real images and the features.
+        settings: options of the evaluation. Those of sampling that are not the default are added.
+    """
+    run_sampler, *teachers = run_samplers
+    for one in run_samplers:
+        settings = settings | one.model.record_options()
+    if isinstance(run_sampler.condition, Prompts):
+        settings["prompts"] = run_sampler.condition.digest
+    evaluations: dict[Path, dict[str, Any]] = {}
+    for folder, name in names.items():
+        evaluations[folder] = {
+            "format": 1,
+            "run": str(run_sampler.run),
+            "denoiser": run_sampler.fingerprint,
+            **references,
+            "steps": {str(n): {} for n in steps},
+            "settings": {**settings, "sampler": name},
+        }
+        for teacher in teachers:
+            evaluations[folder]["teacher"] = {
+                "run": str(teacher.run),
+                "denoiser": teacher.fingerprint,
+                "steps": max(steps),
+            }
+    return evaluations
+
+
 @torch.inference_mode()
 def evaluate(
     run: Path,
@@ -340,6 +436,7 @@ def evaluate(
     seed: int = 2,
     sampler: AnySampler | list[AnySampler] = "DDIM",
     sampling: SamplingOptions = DEFAULT_SAMPLING,
+    lease: float = 0.0,
 ) -> None:
     """Measure a run's samples at several numbers of steps.
 
@@ -376,6 +473,10 @@ def evaluate(
             its steps.
         sampling: guidance of the run, times and interpolant. The teacher is sampled with the same
             options, but with `teacher_guidance`.
+        lease: 0 divides the samples among the processes by rank. Otherwise processes, which may
+            differ in speed, join and leave, claim chunks of samples through files in OUT, and a
+            claim expires if it is not renewed within this many seconds (60, for example). What is
+            finished is not measured again.
     """
     # Check the options before anything is sampled.
     if not steps or min(steps) < 1:
@@ -384,6 +485,7 @@ def evaluate(
         raise ValueError(f"samples is {samples}; it must be at least 100")
     if not sampler:
         raise ValueError(f"sampler is {sampler}; give at least one")
+    check_lease(lease)
     began = time.monotonic()
     state = job.start()
     run_sampler = RunSampler(run, sampling, sampling.guidance, seed, state.device)
@@ -411,12 +513,35 @@ def evaluate(
     if teacher_sampler:
         teacher_sampler.build_sampler(max(steps))
 
-    # Features of the real images.
+    # The feature function.
+    begin_attempt(out, state.num_processes, state.process_index)
     network = None
     if extractor:
         network = Extractor(extractor, extractor_size, resize, state.device)
     sets = [Images(str(images / split)) for split in ("train", "heldout")]
     features, description = load_features(images, sets, network, state)
+
+    # What the evaluation is. A process that comes late finds it finished.
+    settings = {
+        "samples": samples,
+        "guidance": sampling.guidance,
+        "seed": seed,
+        "edges": sampling.edges,
+    }
+    if teacher:
+        settings["teacher_guidance"] = teacher_guidance
+    listings = [part.manifest["listing"] for part in sets]
+    references = {"reference": listings[0], **description}
+    evaluations = describe_evaluations(run_samplers, names, steps, references, settings)
+    origins = [provenance(one.model) for one in run_samplers]
+    inputs = [*origins, describe_codec(run_sampler.codec), listings, SAMPLE_CHUNK]
+    files = EvaluationFiles(out, evaluations, inputs)
+    if lease and files.is_written():
+        log.info("%s is finished", out)
+        files.remove()
+        return
+
+    # Features of the real images.
     parts = []
     for image_set in sets:
         for x, _ in read_all(image_set, len(image_set)):
@@ -426,40 +551,51 @@ def evaluate(
     # Sample, and measure the samples.
     classes = len(sets[0].manifest["classes"] or [])
     limit_classes(run_samplers, classes)
-    eps, _, cond = run_sampler.draw_inputs(range(TRAJECTORY_COUNT))
-    results = measure_samplers(
-        run_sampler, names, teacher_sampler, features, real, steps, samples, state
-    )
-    if not state.is_main_process:
-        return
+    chunks = list_chunks(names, steps, samples, teacher is not None)
+    sizes = [len(chunk.indices) * chunk.steps for chunk in chunks]
 
-    # Write the grids, and measure what all samplers share.
-    write_sample_grids(run_sampler, names, steps, classes or GRID_COLUMNS)
-    codec = run_sampler.codec.cpu()
-    shared = {
-        "format": 1,
-        "run": str(run),
-        "denoiser": run_sampler.fingerprint,
-        "reference": sets[0].manifest["listing"],
-        **description,
-        **measure_trajectories(run_sampler.denoiser, eps, cond),
-        "floors": load_or_measure_floors(images, description, codec, features, sets, samples, seed),
-        "seconds": round(time.monotonic() - began, 1),
-    }
+    def is_measured(number: int) -> bool:
+        return files.path(number).exists() or (lease > 0 and files.is_written())
 
-    # Write the results of each sampler.
-    settings: dict[str, Any] = {
-        "samples": samples,
-        "guidance": sampling.guidance,
-        "seed": seed,
-        "edges": sampling.edges,
-    }
-    for one in run_samplers:
-        settings |= one.model.record_options()
-    if teacher:
-        settings["teacher_guidance"] = teacher_guidance
-    if isinstance(run_sampler.condition, Prompts):
-        settings["prompts"] = run_sampler.condition.digest
-    for folder, name in names.items():
-        evaluation = {**shared, **results[folder], "settings": {**settings, "sampler": name}}
-        write_json(folder / "evaluation.json", evaluation)
+    for number in job.iterate_units(
+        files.folder, sizes, is_measured, state, lease, f"evaluate {run.name}", "evaluations"
+    ):
+        chunk = chunks[number]
+        tensors = measure_chunk(run_samplers[chunk.of_teacher], features, chunk)
+        files.write(number, tensors)
+
+    def finish() -> None:
+        # Add the metrics of the samples.
+        try:
+            add_metrics(evaluations, chunks, files, run_samplers, real)
+        except FileNotFoundError as error:
+            if files.is_written():
+                return  # another process has just finished
+            raise FileNotFoundError(f"{error}; all nodes must share --out") from None
+
+        # Write the grids, and measure what all samplers share.
+        write_sample_grids(run_sampler, names, steps, classes or GRID_COLUMNS)
+        codec = run_sampler.codec.cpu()
+        eps, _, cond = run_sampler.draw_inputs(range(TRAJECTORY_COUNT))
+        shared = {
+            **measure_trajectories(run_sampler.denoiser, eps, cond),
+            "floors": load_or_measure_floors(
+                images, description, codec, features, sets, samples, seed
+            ),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        for folder, evaluation in evaluations.items():
+            write_json(folder / "evaluation.json", {**evaluation, **shared})
+
+    # One process writes the results.
+    if lease:
+        last = claim_units(files.folder, [len(chunks)], lambda _: files.is_written(), lease)
+        for _, claimed in last:
+            if claimed:
+                finish()
+    else:
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return
+        finish()
+    files.remove()

@@ -1,14 +1,18 @@
 """Joining the processes that torchrun started, and dividing the work among them."""
 
-from collections.abc import Collection, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
+from data.attempts import begin_attempt, set_hosts
 from data.progress import Meter
 from data.shards import ShardWriter
-from data.shards.claims import claim_shards
+from data.shards.claims import claim_units
 from trainer.jobs.device import limit_cpu_threads
 
 
@@ -18,6 +22,8 @@ def start() -> PartialState:
     `torchrun --nproc-per-node N -m deploy collect ...` runs a job on N processes.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes > 1:
+        set_hosts(gather_object([os.uname().nodename]))
     if state.device.type == "cpu":
         limit_cpu_threads()
     return state
@@ -39,33 +45,53 @@ def iterate_shards(
     Args:
         shards: the set.
         state: this process.
-        lease: 0 divides the shards among the processes by rank. Otherwise processes claim shards,
-            and a claim expires if it is not renewed within this many seconds.
+        lease: see `iterate_units`.
         name: name of the work, for the progress line.
         unit: what a sample of the set is called, for the progress line.
     """
-    # Assign shards, by claims or by rank.
-    numbers = list(shards.numbers())
+    begin_attempt(shards.folder, state.num_processes, state.process_index)
+    sizes = [len(shards.indices(number)) for number in shards.numbers()]
+    yield from iterate_units(shards.folder, sizes, shards.finished, state, lease, name, unit)
+
+
+def iterate_units(
+    folder: Path,
+    sizes: Sequence[int],
+    is_finished: Callable[[int], object],
+    state: PartialState,
+    lease: float,
+    name: str,
+    measure: str,
+) -> Iterator[int]:
+    """Yield the number of each unit of work that this process must do, and show the progress.
+
+    Args:
+        folder: where the work is.
+        sizes: how much work each unit is.
+        is_finished: whether the unit of a number is finished.
+        state: this process.
+        lease: 0 divides the units among the processes by rank. Otherwise processes claim units,
+            and a claim expires if it is not renewed within this many seconds.
+        name: name of the work, for the progress line.
+        measure: what the sizes count, for the progress line.
+    """
+    # Assign units, by claims or by rank.
+    assigned = list(range(len(sizes)))
     finished: set[int] = set()
     turns: Iterator[tuple[int, bool]]
     if lease:
-        assigned = numbers
-        first = state.process_index * len(numbers) // state.num_processes
-        turns = claim_shards(shards, first, lease)
+        first = state.process_index * len(sizes) // state.num_processes
+        turns = claim_units(folder, assigned[first:] + assigned[:first], is_finished, lease)
     else:
-        assigned = share(state, numbers)
-        finished = {number for number in assigned if shards.finished(number)}
+        assigned = share(state, assigned)
+        finished = {number for number in assigned if is_finished(number)}
         turns = ((number, True) for number in assigned if number not in finished)
 
-    # Hand them out, one at a time. Shards that other processes finish count as progress.
-    total = _count_samples(shards, assigned)
-    done = _count_samples(shards, finished)
-    with Meter(name, total, unit, done, state.is_main_process) as meter:
+    # Hand them out, one at a time. Units that other processes finish count as progress.
+    total = sum(sizes[number] for number in assigned)
+    done = sum(sizes[number] for number in finished)
+    with Meter(name, total, measure, done, state.is_main_process) as meter:
         for number, assigned_to_this_process in turns:
             if assigned_to_this_process:
                 yield number
-            meter.add(len(shards.indices(number)))
-
-
-def _count_samples(shards: ShardWriter, numbers: Collection[int]) -> int:
-    return sum(len(shards.indices(number)) for number in numbers)
+            meter.add(sizes[number])

@@ -15,7 +15,7 @@ from data.cache import exclusive
 from data.files import atomic_file, errors_named
 from data.images import Images, read_all
 from data.progress import Meter
-from models.tensors import read_safetensors, to_safetensors
+from models.tensors import read_safetensors, sort_metadata, to_safetensors
 
 TRAINING_STEPS = 400
 TRAINING_BATCH = 128
@@ -73,7 +73,8 @@ def load_or_train_classifier(
     """Return an image set's classifier and its held-out accuracy.
 
     It is trained once, and stored as FOLDER/classifier.safetensors. Of several evaluations at the
-    same time one trains it, and the others wait.
+    same time one trains it, and the others wait. Where locks do not reach other nodes, each of them
+    trains it, and all write the same bytes.
 
     Args:
         folder: where the classifier is stored.
@@ -115,7 +116,7 @@ def _load_or_train(path: Path, train: Images, heldout: Images) -> tuple[Classifi
     score = accuracy(classifier, heldout)
     metadata = {"listing": listing, "accuracy": str(score)}
     with atomic_file(path) as file:
-        file.write(to_safetensors(classifier.state_dict(), metadata))
+        file.write(sort_metadata(to_safetensors(classifier.state_dict(), metadata)))
     return classifier, score
 
 

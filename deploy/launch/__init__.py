@@ -1,0 +1,1 @@
+"""Launching pipelines on engines: this host, or Slurm. One file per engine."""
