@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from data import progress
 from data.attempts import read_attempts, read_heartbeat
 from data.pack import pack
 from models.checkpoint import read_checkpoint
@@ -87,8 +88,9 @@ def test_the_learning_rate_is_the_one_that_the_step_used(config, tmp_path):
         assert all(line["gradient_norm"] > 0 for line in lines)
 
 
-def test_every_line_has_its_time_and_attempt(config, tmp_path):
+def test_every_line_has_its_time_and_attempt(config, tmp_path, monkeypatch):
     """Also those of validations. The heartbeat has the last values."""
+    monkeypatch.setattr(progress, "_latest", None)  # of an earlier test
     began = time.time()
     heldout = spec("Images", path=config["data"]["source"]["init_args"]["path"])
     config = {**config, "data": {**config["data"], "heldout": heldout}}

@@ -316,7 +316,16 @@ class MetricsLog(Callback):
                 file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop the progress meter, also after an error."""
+        """Stop the progress meter."""
+        self._close()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Stop the progress meter; Lightning does not call `teardown` then."""
+        self._close()
+
+    def _close(self) -> None:
         self.open_meter.close()
         if self.flop_count:
             self._stop_counting()
