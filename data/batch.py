@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data.shards import Order
+from data.text import TextFeatures
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Batch:
         x: images in [-1, 1] or latents, (B, C, H, W) float32.
         latent: whether x is latents, which need no codec.
         condition: class labels, (B,) int64.
+        captions: a caption of each sample, drawn by (seed, index, epoch); "" where it has none.
+        text: the embeddings of the captions.
         noise: the noise that the teacher of a pair started from, of the shape of x.
         paired: which samples bring their noise, (B,) bool. None: all do, if there is noise.
         guidance: guidance scale of each sample, (B,) float32, if pairs record it.
@@ -36,6 +39,8 @@ class Batch:
     x: Tensor
     latent: bool
     condition: Tensor | None = None
+    captions: tuple[str, ...] | None = None
+    text: TextFeatures | None = None
     noise: Tensor | None = None
     paired: Tensor | None = None
     guidance: Tensor | None = None
@@ -52,7 +57,7 @@ class Batch:
             return self
         moved: dict[str, Any] = {}
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor | TextFeatures):
                 moved[name] = value.to(device, non_blocking=True)
         return replace(self, **moved)
 

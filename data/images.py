@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from data.batch import Batch, IndexedDataset
+from data.captions import Caption
 from data.files import errors_named
 from data.pixels import IMAGE_FIELDS, PixelOptions, convert_image, open_image, pixels_of
 from data.schema import SHA256, check_schema
@@ -26,6 +27,8 @@ class LazyImage(NamedTuple):
     name: str
     open: Callable[[], Image.Image]
     label: int | None  # its class
+    captions: tuple[Caption, ...] = ()
+    kept: dict[str, Any] | None = None  # other facts of it, that are stored with it
 
 
 def fit_image(image: Image.Image, size: int, options: PixelOptions, name: str) -> Image.Image:

@@ -18,6 +18,9 @@ TRAINING_STREAM = 2**64 - 1
 ORDER_STREAM = 2**64 - 2
 GUIDANCE_STREAM = 2**64 - 3
 SAMPLER_STREAM = 2**64 - 4
+CAPTION_STREAM = 2**64 - 5
+BUCKET_STREAM = 2**64 - 6
+CROP_STREAM = 2**64 - 7
 
 
 def noise(seed: int, index: int, shape: Sequence[int]) -> Tensor:

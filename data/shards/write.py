@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from webdataset import TarWriter
@@ -94,6 +94,30 @@ def describe_shard(tar: Path, offsets: Path, fields: list[str], count: int) -> d
     }
 
 
+class ShardRange(NamedTuple):
+    """What a shard holds."""
+
+    group: int
+    indices: range
+
+
+def split_indices(groups: Sequence[int], shard: int) -> list[ShardRange]:
+    """Return what each shard holds.
+
+    Args:
+        groups: sizes of consecutive groups of indices.
+        shard: indices in one shard; the last one of a group has fewer.
+    """
+    ranges = []
+    start = 0
+    for group, size in enumerate(groups):
+        end = start + size
+        for first in range(start, end, shard):
+            ranges.append(ShardRange(group, range(first, min(end, first + shard))))
+        start = end
+    return ranges
+
+
 class ShardWriter:
     """Writes a set shard by shard, and skips finished shards.
 
@@ -105,6 +129,8 @@ class ShardWriter:
         provenance: plain values that identify the origin of the samples.
         count: number of indices in the set.
         shard: indices in one shard.
+        groups: sizes of consecutive groups of indices; each shard holds samples of one group. By
+            default all indices are one group.
         derived: entries of the plan that follow from the content of the inputs. An unfinished set
             that differs in nothing else is begun anew: its inputs were mended.
 
@@ -120,6 +146,7 @@ class ShardWriter:
         count: int,
         shard: int,
         derived: Collection[str] = (),
+        groups: Sequence[int] = (),
     ):
         if count < 1 or shard < 1:
             raise ValueError(
@@ -129,6 +156,8 @@ class ShardWriter:
         self.folder = Path(folder)
         self.count = count
         self.shard = shard
+        self.groups = list(groups)
+        self._ranges = split_indices(self.groups or [count], shard)
         self.plan = {"format": FORMAT, "kind": kind, "count": count, "shard": shard, **provenance}
         self.stamp = digest(canonical(self.plan))
         self.derived = derived
@@ -193,11 +222,11 @@ class ShardWriter:
 
     def numbers(self) -> range:
         """Return the numbers of all shards."""
-        return range(-(-self.count // self.shard))
+        return range(len(self._ranges))
 
     def indices(self, number: int) -> range:
         """Return the global indices of a shard."""
-        return range(number * self.shard, min(self.count, (number + 1) * self.shard))
+        return self._ranges[number].indices
 
     def finished(self, number: int) -> dict[str, Any] | None:
         """Return the record of a finished shard; None if it is missing or was damaged since."""
@@ -262,6 +291,8 @@ class ShardWriter:
             if record is None:
                 return False
             shard = {"name": self._path(number, "tar").name, **record}
+            if self.groups:
+                shard["group"] = self._ranges[number].group
             for key in ONLY_IN_RECORDS:
                 shard.pop(key, None)
             shards.append(shard)
