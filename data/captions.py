@@ -1,5 +1,6 @@
 """Captions: the texts of an image, each with a weight, of which training draws one per epoch."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from data.noise import CAPTION_STREAM, generator
 from data.schema import check_schema, shorten
 
 MAX_LENGTH = 8192  # characters; more are taken for a document
+BYTE_ORDER_MARK = "\ufeff"
 CAPTION_SCHEMA = [{"text": str, "weight": float}]
 
 
@@ -23,16 +25,19 @@ class Caption(NamedTuple):
 def clean_captions(captions: Iterable[Caption], name: str) -> tuple[Caption, ...]:
     """Return captions without blanks around them and with \\n as line ends, without empty ones.
 
+    Equal texts become one caption, with the sum of their weights.
+
     Args:
         captions: as they were read.
         name: of their file, and the place in it, for errors.
 
     Raises:
-        ValueError: one is too long, or has a weight that is not positive and finite.
+        ValueError: one is too long, no valid Unicode, or has a weight that is not positive and
+            finite.
     """
-    cleaned = []
+    weights: dict[str, float] = {}
     for text, weight in captions:
-        text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
+        text = text.removeprefix(BYTE_ORDER_MARK).replace("\r\n", "\n").replace("\r", "\n").strip()
         if len(text) > MAX_LENGTH:
             raise ValueError(
                 f"{name}: a caption of {len(text):,} characters, more than {MAX_LENGTH:,} "
@@ -42,9 +47,26 @@ def clean_captions(captions: Iterable[Caption], name: str) -> tuple[Caption, ...
             raise ValueError(
                 f"{name}: the weight of {shorten(text)} is {weight}; it must be positive"
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name}: {shorten(text)} has half of a character ({text[error.start]!r}, a "
+                "surrogate); correct it"
+            ) from None
         if text:
-            cleaned.append(Caption(text, float(weight)))
-    return tuple(cleaned)
+            weights[text] = weights.get(text, 0.0) + weight
+    return tuple(Caption(text, float(weight)) for text, weight in weights.items())
+
+
+def checksum_captions(images: Iterable[Sequence[Caption]]) -> str:
+    """Return the sha256 of the captions of images, in order."""
+    to_json = json.JSONEncoder(sort_keys=True).encode  # json.dumps would make one every time
+    found = hashlib.sha256()
+    for captions in images:
+        found.update(to_json(captions_to_json(captions)).encode())
+        found.update(b"\n")
+    return found.hexdigest()
 
 
 def captions_to_json(captions: Sequence[Caption]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The Lightning data module: an endless shuffled sequence of batches that resumes exactly."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -7,8 +8,18 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from data.batch import Batch, BatchStream, IndexedDataset, RandomAccessSource, RankBatches
+from data.batch import (
+    Batch,
+    BatchStream,
+    IndexedDataset,
+    RandomAccessSource,
+    RankBatches,
+    Request,
+    check_buckets_hold,
+)
 from data.files import canonical, digest
+from data.images import Images
+from data.latents import Latents
 from data.mixed import Mixed
 from data.pairs import Pairs
 from data.reader_assignment import Progress, ReaderAssignment
@@ -57,14 +68,51 @@ def checksum_samples(source: BatchStream) -> str:
     if not isinstance(source, IndexedDataset):
         return ""
     shards = identify_shards(source.manifest)
+    if source.buckets:
+        buckets = [[bucket.name, bucket.start, bucket.total] for bucket in source.buckets]
+        return digest(canonical([shards, buckets]))
     if source.kept is None:
         return digest(canonical(shards))
     kept = digest(source.kept.tobytes())
     return digest(canonical([shards, kept]))
 
 
+def identify_text(source: BatchStream) -> list[dict[str, object]]:
+    """Return what identifies the embeddings of captions that a source gives; [] for none."""
+    if isinstance(source, Images | Latents) and source.captions.text:
+        return [source.captions.text.identity()]
+    return []
+
+
+class BucketsInTurn(BatchStream):
+    """The batches of all buckets of a set in turn: with K buckets, step s is one of bucket s mod K.
+
+    A bucket with fewer samples than a batch repeats some of them.
+
+    Args:
+        source: a set with buckets.
+    """
+
+    def __init__(self, source: IndexedDataset):
+        self.source = source
+
+    def read_batches(
+        self, seed: int, reader: int, readers: int, requests: Iterator[Request]
+    ) -> Iterator[Batch]:
+        for request in requests:
+            number, bucket = divmod(request.step, len(self.source.buckets))
+            position = number * request.size + request.start
+            located = self.source.locate_in_bucket(seed, bucket, position, request.samples)
+            yield self.source.read_located(seed, located)
+
+
 def check_enough_samples(source: BatchStream, batch: float) -> None:
-    """Check that a batch takes no more pairs than the set has: none may occur twice in a step."""
+    """Check that a batch takes no more pairs than the set has, nor more samples than a bucket has.
+
+    None may occur twice in a step.
+    """
+    if isinstance(source, IndexedDataset):
+        check_buckets_hold(source, int(batch))
     if isinstance(source, Mixed):
         for part, share in zip(source.sources, source.shares):
             check_enough_samples(part, batch * share / sum(source.shares))
@@ -88,8 +136,11 @@ class DataModule(LightningDataModule):
         seed: of the order and of every random draw in training.
         workers: reading processes per rank; 0 reads in the training process.
         heldout: samples that are not trained on, for `heldout_loss` every
-            `trainer.val_check_interval` batches.
-        heldout_batches: number of their global batches; always the same ones, with the same draws.
+            `trainer.val_check_interval` batches. If they have several sizes, `heldout_loss` is the
+            mean over all samples, each bucket's mean weighted by its number of samples, and
+            `heldout_loss/WIDTHxHEIGHT` is that of a bucket.
+        heldout_batches: number of their global batches, of each bucket if there are any; always the
+            same ones, with the same draws.
     """
 
     def __init__(
@@ -130,6 +181,9 @@ class DataModule(LightningDataModule):
             "batch": self.batch,
             "samples": checksum_samples(self.source),
         }
+        text = identify_text(self.source)
+        if text:
+            state["text"] = text
         if isinstance(self.source, SequentialTars):
             state["readers"] = self.source.state(self._reader_assignment())
         return state
@@ -150,6 +204,11 @@ class DataModule(LightningDataModule):
             raise ValueError(
                 "data.source: the run began with other samples; "
                 "give the same source, or begin another run from its checkpoint"
+            )
+        if state_dict.get("text", []) != identify_text(self.source):
+            raise ValueError(
+                "data.source.text: the run began with other embeddings of captions; give the same "
+                "`text`, or begin another run from its checkpoint"
             )
         if isinstance(self.source, SequentialTars):
             if "readers" not in state_dict:
@@ -219,13 +278,18 @@ class DataModule(LightningDataModule):
         assert trainer is not None
         if self.heldout is None:
             return []
+        source: BatchStream = self.heldout
+        steps = self.heldout_batches
+        if isinstance(self.heldout, IndexedDataset) and self.heldout.buckets:
+            source = BucketsInTurn(self.heldout)
+            steps *= len(self.heldout.buckets)
         batches = RankBatches(
-            self.heldout,
+            source,
             self.batch,
             self.seed,
             0,
             trainer.global_rank,
             trainer.world_size,
-            steps=self.heldout_batches,
+            steps=steps,
         )
         return DataLoader(batches, batch_size=None)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from data.batch import Batch, IndexedDataset
+from data.batch import Batch, IndexedDataset, check_one_size
 from data.images import Images
 from data.noise import TRAINING_STREAM, generator
 
@@ -33,6 +33,7 @@ class Dequantised(IndexedDataset):
         self.cache = cache
         self.images = Images(path, cache)
         self.manifest = self.images.manifest
+        check_one_size(self.images, "Dequantised")
 
     def __repr__(self) -> str:
         return self.path

@@ -10,12 +10,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from data.batch import Batch, IndexedDataset
+from data.batch import Batch, IndexedDataset, check_one_size
+from data.buckets import read_buckets
+from data.captioned import CaptionReader
 from data.captions import Caption
 from data.files import errors_named
 from data.pixels import IMAGE_FIELDS, PixelOptions, convert_image, open_image, pixels_of
 from data.schema import SHA256, check_schema
 from data.shards import ShardReader
+from data.text import TextSource
 
 # Entries of a set's manifest that say how its images become pixels; those of ours are converted.
 PIXEL_SCHEMA = {"grey": bool, "background": str, "white": (None, float)}
@@ -85,9 +88,10 @@ class Images(IndexedDataset):
     Args:
         path: the set, made by `rectify pack` or `rectify index`.
         cache: number of decoded images kept in memory, the most recently decoded ones.
+        text: gives the embeddings of captions. By default batches have the captions only.
     """
 
-    def __init__(self, path: str, cache: int = 4096):
+    def __init__(self, path: str, cache: int = 4096, text: TextSource | None = None):
         self.path = path
         self.cache = cache
         self.reader = ShardReader(path, "images")
@@ -95,6 +99,8 @@ class Images(IndexedDataset):
         schema = {"classes": (None, [str]), "listing": SHA256}
         check_schema(self.manifest, schema, f"{path}/manifest.json")
         self.options = pixel_options(self.manifest, f"{path}/manifest.json")
+        self.buckets = read_buckets(self.manifest, f"{path}/manifest.json")
+        self.captions = CaptionReader(self.reader, text)
         self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __repr__(self) -> str:
@@ -121,6 +127,9 @@ class Images(IndexedDataset):
         condition = read_labels(self.reader, indices)
         return Batch(x.float() / 127.5 - 1, latent=False, condition=condition)
 
+    def read_epochs(self, indices: np.ndarray, seed: int, epochs: np.ndarray) -> Batch:
+        return self.captions.add_captions(self.read(indices), indices, seed, epochs)
+
 
 def read_labels(reader: ShardReader, indices: np.ndarray) -> Tensor | None:
     """Return the classes of samples, (B,) int64; None if the set has no classes.
@@ -136,7 +145,12 @@ def read_labels(reader: ShardReader, indices: np.ndarray) -> Tensor | None:
 def read_all(
     source: IndexedDataset, count: int, batch: int = 512
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Yield (x, condition) of the samples 0 .. count - 1 in order, in batches."""
+    """Yield (x, condition) of the samples 0 .. count - 1 in order, in batches.
+
+    Raises:
+        ValueError: the samples have several sizes.
+    """
+    check_one_size(source, "this command")
     for start in range(0, count, batch):
         end = min(count, start + batch)
         part = source.read(np.arange(start, end))

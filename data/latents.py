@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch, IndexedDataset
+from data.buckets import read_buckets
+from data.captioned import CaptionReader
 from data.files import errors_named
 from data.images import read_labels
 from data.schema import check_schema
 from data.shards import ShardReader, array_to_npy, npy_to_array
+from data.text import TextSource
 
 FIELD = "npy"  # of a shard's sample that holds the latent
 DEVIATIONS = (0.4, 2.5)  # the standard deviations of latents that are taken for scaled
@@ -85,14 +88,17 @@ class Latents(IndexedDataset):
 
     Args:
         path: the set, made by `rectify encode` or `rectify index`.
+        text: gives the embeddings of captions. By default batches have the captions only.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, text: TextSource | None = None):
         self.path = path
         self.reader = ShardReader(path, "latents")
         self.manifest = self.reader.manifest
         self.factor = self.manifest.get("factor", 1.0)  # of latents that were not scaled
         check_schema(self.factor, float, f"{path}/manifest.json: factor")
+        self.buckets = read_buckets(self.manifest, f"{path}/manifest.json")
+        self.captions = CaptionReader(self.reader, text)
 
     def __repr__(self) -> str:
         return self.path
@@ -102,6 +108,9 @@ class Latents(IndexedDataset):
         if self.factor != 1:
             x = x * self.factor
         return Batch(x, latent=True, condition=read_labels(self.reader, indices))
+
+    def read_epochs(self, indices: np.ndarray, seed: int, epochs: np.ndarray) -> Batch:
+        return self.captions.add_captions(self.read(indices), indices, seed, epochs)
 
 
 def read_latents(reader: ShardReader, indices: np.ndarray) -> Tensor:

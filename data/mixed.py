@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, IndexedDataset, RandomAccessSource
+from data.batch import Batch, IndexedDataset, RandomAccessSource, check_one_size
 from data.noise import permutation
 
 
@@ -31,8 +31,8 @@ class Mixed(RandomAccessSource):
     Every period of sum(shares) consecutive samples holds exactly its share of each source.
 
     Args:
-        sources: the sources to mix. All hold images or all hold latents; all have conditions
-            or none has.
+        sources: the sources to mix. All hold images or all hold latents, of one size; all have
+            conditions or none has. None gives embeddings of captions.
         shares: whole numbers, for example [3, 1] for three pairs to one real latent.
     """
 
@@ -42,6 +42,9 @@ class Mixed(RandomAccessSource):
                 f"Mixed: {len(sources)} sources with shares {shares}; "
                 "give one positive share for each source"
             )
+        for source in sources:
+            if isinstance(source, IndexedDataset):
+                check_one_size(source, "Mixed")
         _check_scales(sources)
         _check_alike([source.take(0, 0, 1) for source in sources])
         self.sources = sources
@@ -85,6 +88,7 @@ class Mixed(RandomAccessSource):
             x=torch.cat([batch.x for batch in batches])[back],
             latent=batches[0].latent,
             condition=_join_conditions(batches, back),
+            captions=_join_captions(batches, back),
             noise=joined.noise,
             paired=joined.paired,
             guidance=_join_scales(batches, back),
@@ -123,6 +127,11 @@ def _check_alike(batches: list[Batch]) -> None:
                 "Mixed: only some of the sources hold latents, or only some have conditions; "
                 "use sources of the same kind"
             )
+        if batch.text is not None:
+            raise ValueError(
+                "Mixed: one of the sources gives embeddings of captions, which are not mixed; "
+                "leave out its option `text`"
+            )
         if batch.x.shape != first.x.shape:
             shapes = [tuple(part.x.shape[1:]) for part in (first, batch)]
             raise ValueError(
@@ -136,6 +145,16 @@ def _join_conditions(batches: list[Batch], back: Tensor) -> Tensor | None:
     if not conditions:
         return None
     return torch.cat(conditions)[back]
+
+
+def _join_captions(batches: list[Batch], back: Tensor) -> tuple[str, ...] | None:
+    """Return the captions of all samples: "" for those of sources without captions."""
+    if all(batch.captions is None for batch in batches):
+        return None
+    captions: list[str] = []
+    for batch in batches:
+        captions.extend(batch.captions or [""] * len(batch.x))
+    return tuple(captions[i] for i in back.tolist())
 
 
 def _join_noise(batches: list[Batch], back: Tensor) -> JoinedNoise:

@@ -90,10 +90,10 @@ def step_noise(seed: int, index: int, step: int, shape: Sequence[int]) -> Tensor
     return torch.from_numpy(values.astype(np.float32))
 
 
-def permutation(n: int, seed: int, *counter: int) -> np.ndarray:
+def permutation(n: int, seed: int, *counter: int, stream: int = ORDER_STREAM) -> np.ndarray:
     """Return a permutation of range(n).
 
     It is made from raw Philox words, so that no version of a library can change it.
     """
-    words = generator(seed, *counter, stream=ORDER_STREAM).bit_generator.random_raw(n)
+    words = generator(seed, *counter, stream=stream).bit_generator.random_raw(n)
     return np.argsort(words, kind="stable")

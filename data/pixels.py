@@ -172,7 +172,8 @@ def convert_image(image: Image.Image, options: PixelOptions, name: str) -> Image
         colour = ImageColor.getrgb(options.background)[:3]
         ground = Image.new("RGB", image.size, colour)
         image = Image.composite(image.convert("RGBA").convert("RGB"), ground, alpha)
-    return image.convert("L" if options.grey else "RGB")
+    mode = "L" if options.grey else "RGB"
+    return image if image.mode == mode else image.convert(mode)  # which would copy it
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
@@ -323,7 +324,9 @@ def check_brightness(image: Image.Image, white: float | None) -> None:
 def read_orientation(image: Image.Image, name: str) -> int:
     """Return the orientation in an image's EXIF or XMP, 1 to 8; 1 if it has none."""
     try:
-        orientation = image.getexif().get(ExifTag.Orientation, 1)
+        # The base method: that of PNG decodes the image.
+        exif = Image.Image.getexif(image)
+        orientation = exif.get(ExifTag.Orientation, 1)
     except Exception as error:  # as many kinds as ways in which a block can be damaged
         if is_machine_fault(error):
             raise

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from braceexpand import braceexpand
 
-from data.batch import Batch, BatchStream
+from data.batch import Batch, BatchStream, Request
 from data.cache import Cache, parse_scheme
 from data.files import canonical, digest, is_machine_fault, raise_named
 from data.images import read_image
@@ -198,12 +198,12 @@ class SequentialTars(BatchStream):
         raise ValueError(f"{self.urls[0]}: no samples in it, nor in any other shard")
 
     def read_batches(
-        self, seed: int, reader: int, readers: int, requests: Iterator[tuple[int, int]]
+        self, seed: int, reader: int, readers: int, requests: Iterator[Request]
     ) -> Iterator[Batch]:
         stream = self._samples(seed, self.assign_readers(readers), reader)
-        for _, count in requests:
+        for request in requests:
             samples = []
-            for _ in range(count):
+            for _ in range(request.samples):
                 sample, progress = next(stream)
                 samples.append(sample)
             yield replace(self._batch(samples), reader=reader, progress=progress)

@@ -17,7 +17,7 @@ LABEL_FIELD = "cls"
 NAMED_FIELDS = (*COMMON_FIELDS, LATENT_FIELD)  # of those that are read, in messages
 MAX_CLASSES = 10**6  # more are taken for ids
 FIRST_DOT = "the field is all that follows the first dot of a name"
-NAME_FIELD = "name the one to read with the option `field`"
+NAME_FIELD = "name the one to read with the option"
 log = logging.getLogger(__name__)
 
 
@@ -88,13 +88,16 @@ def field_kind(field: str) -> str:
     raise ValueError(f"field is {field!r}; it must end in one of {', '.join(NAMED_FIELDS)}")
 
 
-def choose_samples(contents: TarContents, url: str, field: str | None) -> ChosenSamples:
+def choose_samples(
+    contents: TarContents, url: str, field: str | None, option: str = "field"
+) -> ChosenSamples:
     """Choose the samples with an image, or with a latent if no sample has an image.
 
     Args:
         contents: of the tar.
         url: its name in messages.
         field: the only field that is read, instead of any image or latent.
+        option: the user's option that names it, for messages.
 
     Raises:
         ValueError: a sample has several images, and no field is named.
@@ -126,7 +129,7 @@ def choose_samples(contents: TarContents, url: str, field: str | None) -> Chosen
         dotted = [name for name in spans if is_dotted(name, wanted)]
         if len(found) > 1:
             raise ValueError(
-                f"{url}: {key} has several images (.{', .'.join(found)}); {NAME_FIELD}"
+                f"{url}: {key} has several images (.{', .'.join(found)}); {NAME_FIELD} `{option}`"
             )
         if not found:
             missing += max(1, len(dotted))
@@ -147,7 +150,7 @@ def choose_samples(contents: TarContents, url: str, field: str | None) -> Chosen
             extras[name] = PassedOver(f"{key}.{name}", count)
         else:
             missing += 1
-            reason = reason or f"{key}.{name}: {FIRST_DOT}; rename it, or {NAME_FIELD}"
+            reason = reason or f"{key}.{name}: {FIRST_DOT}; rename it, or {NAME_FIELD} `{option}`"
     kind = field_kind(wanted[0]) if samples else None
     return ChosenSamples(kind, samples, missing, reason, extras)
 
@@ -217,6 +220,7 @@ class Tar:
         tolerance: fraction of its samples, rounded up, that may be unreadable.
         field: the only field that is read, instead of any image or latent.
         labelled: every sample must have a class.
+        option: the user's option that names the field, for messages.
 
     Raises:
         ValueError: it is no tar, lost more samples than the tolerance, or its samples are
@@ -230,6 +234,7 @@ class Tar:
         tolerance: float,
         field: str | None = None,
         labelled: bool = False,
+        option: str = "field",
     ):
         self.url = url
         self.tolerance = tolerance
@@ -247,7 +252,7 @@ class Tar:
             found.pop()
 
         # Keep the samples that hold what is read.
-        chosen = choose_samples(contents, url, field)
+        chosen = choose_samples(contents, url, field, option)
         self.samples = chosen.samples
         self.images = chosen.kind == "images"
         for name, extra in chosen.extras.items():

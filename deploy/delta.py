@@ -21,7 +21,7 @@ from models.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
-from models.codec import KL, describe_codec, find_codec_difference
+from models.codec import LatentCodec, describe_codec, find_codec_difference
 from models.denoiser import Denoiser
 from models.description import build, describe
 from models.diffusers.networks import Pretrained
@@ -134,7 +134,7 @@ def make_delta(run: Path, base: LoadedModel) -> tuple[dict[str, Tensor], dict[st
     # describe student and base
     spec = {
         "format": FORMAT,
-        "codec": CODEC if isinstance(codec, KL) else None,
+        "codec": CODEC if isinstance(codec, LatentCodec) else None,
         "denoiser": describe(student),
         "condition": describe(condition),
     }

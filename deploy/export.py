@@ -16,13 +16,14 @@ from torch import Tensor
 
 from data.files import atomic_folder, checksummed_json, errors_named, read_json
 from models.checkpoint import LoadedModel, fingerprint, load_checkpoint, newest_checkpoint
-from models.codec import KL
+from models.codec import LatentCodec
 from models.condition import ClassLabel
 from models.denoiser import Denoiser
 from models.diffusers.dit import NO_CLASS, to_diffusers_dit
 from models.diffusers.networks import LORA_LAYER, LORA_TARGETS, Pretrained
 from models.diffusers.parts import part_digest, read_config
 from models.diffusers.pipeline import (
+    check_pipeline_codec,
     codec_digest,
     part_digests,
     save_pipeline,
@@ -114,7 +115,7 @@ def export(run: Path, out: Path, steps: int = 4) -> None:
 def digest_parts(run: Path, model: LoadedModel) -> dict[str, str]:
     """Return the digests of all that an export has beside the network, by name."""
     digests = part_digests(model.codec, model.condition, run)
-    if isinstance(model.codec, KL):
+    if isinstance(model.codec, LatentCodec):
         digests["vae"] = codec_digest(model.codec)
     if isinstance(model.condition, Prompts):
         folder = Path(model.condition.encoder)
@@ -159,11 +160,12 @@ def check_exportable(run: Path, model: LoadedModel) -> None:
             f"{run}: it was trained with {interpolant!r} and {denoiser.prediction!r}; "
             "export needs Linear() and Velocity()"
         )
-    if not (isinstance(model.codec, KL) and isinstance(denoiser.net, DiT)):
+    if not (isinstance(model.codec, LatentCodec) and isinstance(denoiser.net, DiT)):
         raise ValueError(
             f"{run}: its network is a {type(denoiser.net).__name__} with codec "
             f"{type(model.codec).__name__}; export needs a DiT in the latents of an AutoencoderKL"
         )
+    check_pipeline_codec(model.codec, DiTPipeline.__name__)
 
 
 def write_pipeline(folder: Path, model: LoadedModel, labels: dict[str, str] | None = None) -> None:
@@ -182,8 +184,8 @@ def write_pipeline(folder: Path, model: LoadedModel, labels: dict[str, str] | No
         if net.lora:
             write_adapters(folder / "lora", net)
         return
-    assert isinstance(net, DiT) and isinstance(codec, KL)
-    vae = to_diffusers_vae(codec)
+    assert isinstance(net, DiT) and isinstance(codec, LatentCodec)
+    vae = to_diffusers_vae(codec, DiTPipeline.__name__)
     DiTPipeline(to_diffusers_dit(net), vae, flow_scheduler()).save_pretrained(folder)
 
 

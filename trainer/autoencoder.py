@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from data.batch import Batch
+from data.batch import Batch, IndexedDataset
 from data.files import atomic_folder
 from models.checkpoint import CODEC, FORMAT
 from models.codec import save_codec
+from trainer.engine.trainer_parts import find_datamodule
 from trainer.optimization import OptimizedModule
 from trainer.step_outputs import StepOutputs
 from trainer.step_random import StepRandom
@@ -61,6 +62,22 @@ class Autoencoder(OptimizedModule):
             norm_num_groups=norm_num_groups,
         )
 
+    def on_fit_start(self) -> None:
+        """Check that height and width of all images can be halved as often as needed."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        datamodule = find_datamodule(self.trainer)
+        for source in datamodule.sources() if datamodule else ():
+            if not isinstance(source, IndexedDataset):
+                continue
+            for sample in source.samples_of_sizes():
+                height, width = sample.x.shape[2:]
+                if height % factor or width % factor:
+                    raise ValueError(
+                        f"data.source: {source} has images of {width}x{height} pixels, but "
+                        f"model.block_out_channels divides both by {factor}; pack the images again "
+                        f"with multiples of {factor}, or give fewer block_out_channels"
+                    )
+
     def training_step(self, batch: Batch, _: int) -> StepOutputs:
         """Return the loss of a batch, with its two parts."""
         mse, kl = self.losses(batch)
@@ -70,10 +87,7 @@ class Autoencoder(OptimizedModule):
     def validation_step(self, batch: Batch, _: int) -> None:
         """Log the loss of held-out images."""
         mse, kl = self.losses(batch)
-        loss = mse + self.kl_weight * kl
-        # MetricsLog gives it to the loggers.
-        size = len(batch.x)
-        self.log("heldout_loss", loss, sync_dist=True, batch_size=size, logger=False)
+        self.log_heldout_loss(mse + self.kl_weight * kl, batch)
 
     def losses(self, batch: Batch) -> AutoencoderLosses:
         """Return the two parts of the loss, reconstructing from a sample of the posterior."""

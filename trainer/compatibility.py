@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from data.batch import IndexedDataset
+from data.batch import IndexedDataset, check_one_size
 from data.files import errors_named
 from data.pairs import Pairs
 from data.sequential import SequentialTars
-from models.codec import CODEC_ENTRIES, KL, Codec, describe_codec, find_codec_difference
+from models.codec import CODEC_ENTRIES, Codec, LatentCodec, describe_codec, find_codec_difference
 from models.condition import Condition
 from models.denoiser import Denoiser
 from models.description import build, describe
@@ -64,7 +64,6 @@ def check_source(
 ) -> None:
     """Check that the samples of a source fit the codec, the network and the condition."""
     manifest = source.manifest
-    sample = source.sample()
 
     # 1. The classes of network and condition.
     net = denoiser.net
@@ -78,28 +77,59 @@ def check_source(
 
     # 2. The codec of latents. Latents that another program encoded do not record theirs.
     if manifest["kind"] == "latents":
-        if not isinstance(codec, KL):
+        if not isinstance(codec, LatentCodec):
             raise ValueError(
                 "model.codec: the data are latents; give the codec folder beside them "
                 "(LATENTS/codec)"
             )
         check_latents_codec(manifest, f"model.codec: {codec.path}", codec, source)
 
-    # 3. The shape of x.
-    with errors_named(f"data.source: {source}"):
-        x = sample.x if sample.latent else codec.encode(sample.x)
-    shape = tuple(x.shape[1:])
-    if shape != denoiser.shape:
-        raise ValueError(
-            f"data.source: the shape (channels, size, size) of a sample is {shape}, "
-            f"model.denoiser.net is built for {denoiser.shape}"
-        )
+    # 3. The shapes of x.
+    samples = [source.sample()]
+    has_buckets = False
+    if isinstance(source, IndexedDataset):
+        samples = source.samples_of_sizes()
+        has_buckets = bool(source.buckets)
+    for sample in samples:
+        with errors_named(f"data.source: {source}"):
+            x = sample.x if sample.latent else codec.encode(sample.x)
+        check_shape(tuple(x.shape[1:]), denoiser, has_buckets)
 
     # 4. The classes of data and condition.
     data_classes = len(manifest.get("classes") or [])
     if classes and data_classes > classes:
         raise ValueError(
             f"data.source: has {data_classes} classes, model.condition.classes is {classes}"
+        )
+
+
+def check_shape(shape: tuple[int, ...], denoiser: Denoiser, has_buckets: bool) -> None:
+    """Check that a denoiser takes samples of a shape (C, H, W).
+
+    Squares must have the network's size, unless they are one of several sizes. Other shapes need a
+    network that takes any.
+
+    Args:
+        shape: of a sample.
+        denoiser: the denoiser.
+        has_buckets: whether the samples have several sizes.
+    """
+    if shape == denoiser.shape:
+        return
+    channels, height, width = shape
+    net = denoiser.net
+    multiple = net.size_multiple if isinstance(net, Net) else None
+    is_wrong_square = height == width and not has_buckets
+    if multiple is None or is_wrong_square or channels != denoiser.shape[0]:
+        raise ValueError(
+            f"data.source: the shape (channels, height, width) of a sample is {shape}, "
+            f"model.denoiser.net is built for {denoiser.shape}"
+        )
+    if height % multiple or width % multiple:
+        raise ValueError(
+            f"data.source: the shape (channels, height, width) of a sample is {shape}, but "
+            f"model.denoiser.net takes heights and widths that are multiples of {multiple}; set "
+            "another patch, or pack the images again with a larger multiple in `--buckets`"
         )
 
 
@@ -141,7 +171,7 @@ def check_same_codec(name: str, other: dict[str, Any], codec: Codec) -> None:
 
 def describe_path(codec: Codec) -> str:
     """Return where a codec was read from, for messages."""
-    return codec.path if isinstance(codec, KL) else "no codec"
+    return codec.path if isinstance(codec, LatentCodec) else "no codec"
 
 
 def list_codecs(objective: Objective) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -149,7 +179,7 @@ def list_codecs(objective: Objective) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, part in vars(objective).items():
         if isinstance(part, FrozenTeacher):
             yield f"model.objective.{name} ({part.run})", part.codec
-        elif isinstance(part, Perceptual) and isinstance(part.codec, KL):
+        elif isinstance(part, Perceptual) and isinstance(part.codec, LatentCodec):
             yield f"model.objective.{name}", part.codec.identity()
         elif isinstance(part, Objective):
             yield from list_codecs(part)
@@ -195,7 +225,7 @@ def check_parts(pairs: Pairs, codec: Codec, condition: Condition, initial: str |
     if not recorded:
         return
     found = part_digests(codec, condition, initial)
-    if isinstance(codec, KL):
+    if isinstance(codec, LatentCodec):
         found["vae"] = codec_digest(codec)
     for name, collected in recorded.items():
         if name in found and found[name] != collected:
@@ -310,6 +340,7 @@ def _shorten(description: Any) -> str:
 
 def check_density_data(source: IndexedDataset, shape: tuple[int, int, int]) -> None:
     """Check that samples have a density, and the shape (C, H, W) that a model was built for."""
+    check_one_size(source, "a density")
     sample = source.sample()
     if not sample.latent:
         raise ValueError(

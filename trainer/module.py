@@ -15,7 +15,7 @@ from data.files import atomic_folder
 from data.pairs import Pairs
 from data.sequential import SequentialTars
 from models.checkpoint import CODEC, FORMAT, TEXTS, fingerprint, load_checkpoint
-from models.codec import KL, Codec, describe_codec, load_codec
+from models.codec import Codec, LatentCodec, describe_codec, load_codec
 from models.condition import Condition, Unconditional
 from models.denoiser import Denoiser, count_evaluations
 from models.description import build, describe
@@ -145,7 +145,7 @@ class Generator(OptimizedModule):
         # 3. What checkpoints record, so that the model can be rebuilt.
         self.spec = {
             "format": FORMAT,
-            "codec": CODEC if isinstance(self.codec, KL) else None,
+            "codec": CODEC if isinstance(self.codec, LatentCodec) else None,
             "denoiser": describe(denoiser),
             "condition": describe(self.condition),
         }
@@ -205,9 +205,7 @@ class Generator(OptimizedModule):
         """Log the loss of a held-out batch, without dropping conditions."""
         cond = self.condition(batch.condition)
         loss = self.loss(batch, StepRandom(batch), cond)
-        # MetricsLog gives it to the loggers.
-        size = len(batch.x)
-        self.log("heldout_loss", loss.total, sync_dist=True, batch_size=size, logger=False)
+        self.log_heldout_loss(loss.total, batch)
 
     def loss(self, batch: Batch, random: StepRandom, cond: Tensor | None) -> Loss:
         """Return the objective's loss of a batch.
@@ -275,7 +273,7 @@ class Generator(OptimizedModule):
             if isinstance(self.condition, Prompts):
                 with atomic_folder(run / TEXTS) as folder:
                     self.condition.save(folder)
-            if isinstance(self.codec, KL):
+            if isinstance(self.codec, LatentCodec):
                 with atomic_folder(run / CODEC) as folder:
                     self.codec.save(folder)
 

@@ -40,10 +40,7 @@ class MaximumLikelihood(OptimizedModule):
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """Log the exact loss of a held-out batch."""
-        loss = self.loss(batch, exact=True)
-        # MetricsLog gives it to the loggers.
-        size = len(batch.x)
-        self.log("heldout_loss", loss, sync_dist=True, batch_size=size, logger=False)
+        self.log_heldout_loss(self.loss(batch, exact=True), batch)
 
     def loss(self, batch: Batch, exact: bool = False) -> Tensor:
         """Return the mean of -log p(x) in nats per dimension."""

@@ -56,6 +56,18 @@ class OptimizedModule(LightningModule, ABC):
     def training_step(self, batch: Batch, _: int) -> StepOutputs | Tensor:
         """Return the loss of a batch, alone or with what callbacks read."""
 
+    def log_heldout_loss(self, loss: Tensor, batch: Batch) -> None:
+        """Log the loss of a held-out batch, and that of its bucket, if it is from one.
+
+        Buckets are weighted by their numbers of samples.
+        """
+        weight = batch.bucket_total or len(batch.x)
+        # MetricsLog gives it to the loggers.
+        self.log("heldout_loss", loss, sync_dist=True, batch_size=weight, logger=False)
+        if batch.bucket:
+            name = f"heldout_loss/{batch.bucket}"
+            self.log(name, loss, sync_dist=True, batch_size=len(batch.x), logger=False)
+
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return the parameters to optimize: one group with all of them."""
         return [ParameterGroup(list(self.parameters()))]

@@ -24,25 +24,31 @@ class Order:
         seed: of the order.
         kept: ascending indices of the samples in the order; `counts` of them are in each shard.
             None: all samples.
+        bucket: number of the bucket whose samples these are. Each has another order.
     """
 
     def __init__(
-        self, counts: Sequence[int] | np.ndarray, seed: int, kept: np.ndarray | None = None
+        self,
+        counts: Sequence[int] | np.ndarray,
+        seed: int,
+        kept: np.ndarray | None = None,
+        bucket: int = 0,
     ):
         self.counts = np.asarray(counts, dtype=np.int64)
         self.seed = seed
         self.kept = kept
+        self.bucket = bucket
         self.total = int(self.counts.sum())
         self.starts = np.cumsum(self.counts) - self.counts
         self._epoch = lru_cache(maxsize=2)(self._shuffle_shards)
         self._block = lru_cache(maxsize=2)(self._shuffle_block)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Order, (self.counts, self.seed, self.kept)  # without the caches
+        return Order, (self.counts, self.seed, self.kept, self.bucket)  # without the caches
 
     def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the shards of an epoch in order, and the position at which each block ends."""
-        shards = permutation(len(self.counts), self.seed, epoch, 0)
+        shards = permutation(len(self.counts), self.seed, epoch, 0, self.bucket)
         first_of_block = np.arange(0, len(shards), SHARDS_PER_BLOCK)
         sizes = np.add.reduceat(self.counts[shards], first_of_block)
         return shards, np.cumsum(sizes)
@@ -56,7 +62,7 @@ class Order:
             start = self.starts[shard]
             of_shards.append(np.arange(start, start + self.counts[shard]))
         samples = np.concatenate(of_shards)
-        return samples[permutation(len(samples), self.seed, epoch, 1 + block)]
+        return samples[permutation(len(samples), self.seed, epoch, 1 + block, self.bucket)]
 
     def indices(self, position: int, count: int) -> np.ndarray:
         """Return the indices of `count` samples from a position in the sequence of all epochs."""
@@ -73,3 +79,7 @@ class Order:
             count -= len(part)
         found = np.concatenate(parts) if parts else np.empty(0, np.int64)
         return found if self.kept is None else self.kept[found]
+
+    def epochs(self, position: int, count: int) -> np.ndarray:
+        """Return the epoch of each of `count` samples from a position on, (count,) int64."""
+        return np.arange(position, position + count) // self.total

@@ -160,6 +160,18 @@ class Shard:
                 self._verify(bytes_[:length], xxh3)
         return data, lengths
 
+    def content(self, field: str, row: int, verify: bool) -> bytes:
+        """Return the bytes of a field of one sample, by its row of the offsets."""
+        if field not in self.fields:
+            raise ValueError(f"{self.tar}: has no .{field}, only {', '.join(self.fields)}")
+        start, length, xxh3 = self.offsets[row, self.fields[field]].tolist()
+        if start < 0:
+            raise ValueError(f"{self.tar}: .{field} is missing in some samples")
+        data = self.data[start : start + length]
+        if verify:
+            self._verify(data, xxh3 % 2**64)
+        return data.tobytes()
+
     def _windows(self, width: int) -> np.ndarray:
         """Return a view of the tar with a row of `width` bytes from every multiple of 512."""
         if width not in self._views:
@@ -312,6 +324,16 @@ class ShardReader:
                 return text.view(f"S{width}")[:, 0].astype(np.int64)
 
         return self._read(indices, parse)
+
+    def contents(self, field: str, indices: np.ndarray) -> list[bytes]:
+        """Return the bytes of a field at these indices, in this order; their lengths may differ."""
+        found = []
+        for i in indices.tolist():
+            number = bisect_right(self.ends, i)
+            shard = self._shard(number)
+            row = i - self.ends[number] + len(shard.offsets)
+            found.append(shard.content(field, row, self.verify))
+        return found
 
     def record(self, number: int) -> dict[str, Any]:
         """Return the record beside a shard, which may hold more than its entry in the manifest.

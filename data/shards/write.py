@@ -2,12 +2,13 @@
 
 import io
 import re
+import tarfile
 from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from webdataset import TarWriter
 
 from data.files import (
     atomic_file,
@@ -22,9 +23,15 @@ from data.files import (
 )
 from data.schema import find_difference, shorten
 from data.shards.manifest import FORMAT, read_record
-from data.shards.scan import Spans, TarContents, scan_tar
+from data.shards.scan import TAR_BLOCK, Spans, TarContents, scan_tar
 
 SET_FILES = re.compile(r"manifest\.json|[0-9]{6,}\.(tar|npy|json)")  # that a set writes
+# Where a tar's header has what differs among members.
+NAME_SPAN = slice(0, 100)
+SIZE_SPAN = slice(124, 136)
+CHECKSUM_SPAN = slice(148, 156)
+MAX_NAME = 100  # bytes; longer names and larger members need further blocks
+MAX_SIZE = 8**11
 ONLY_IN_RECORDS = ("stamp", "distances")  # keys of a shard's record that the manifest leaves out
 
 
@@ -92,6 +99,64 @@ def describe_shard(tar: Path, offsets: Path, fields: list[str], count: int) -> d
         "xxh3": file_checksum(tar),
         "offsets": file_checksum(offsets),
     }
+
+
+def write_tar(file: BinaryIO, samples: Iterable[dict[str, Any]]) -> list[Spans]:
+    """Write a tar; return where the fields of each sample are.
+
+    The bytes are those of webdataset.TarWriter with mtime=0.0, in a fraction of its time.
+
+    Args:
+        file: to write to, from its start.
+        samples: each is {"__key__": name, field: bytes}.
+    """
+    contents = []
+    end = 0
+    for sample in samples:
+        spans = {}
+        for field in sorted(sample.keys() - {"__key__"}):
+            data = sample[field]
+            header = make_header(f"{sample['__key__']}.{field}", len(data))
+            padding = bytes(-len(data) % TAR_BLOCK)
+            file.write(header)
+            file.write(data)
+            file.write(padding)
+            start = end + len(header)
+            spans[field] = (start, len(data))
+            end = start + len(data) + len(padding)
+        contents.append(spans)
+    mark = 2 * TAR_BLOCK  # of zeros, at the end of a tar
+    file.write(bytes(mark + -(end + mark) % tarfile.RECORDSIZE))
+    return contents
+
+
+def make_header(name: str, size: int) -> bytes:
+    """Return the header of a tar's member.
+
+    Usual names and sizes are written into the header of another member: tarfile takes ten times as
+    long, as long as it takes to decode a small image.
+    """
+    if not name.isascii() or len(name) > MAX_NAME or size >= MAX_SIZE:
+        return make_any_header(name, size)
+    template = make_any_header("x", 0)
+    block = bytearray(template[-TAR_BLOCK:])  # those before it hold the time
+    block[NAME_SPAN] = name.encode().ljust(MAX_NAME, b"\0")
+    block[SIZE_SPAN] = b"%011o\0" % size
+    block[CHECKSUM_SPAN] = b" " * 8
+    block[CHECKSUM_SPAN] = b"%06o\0 " % sum(block)
+    return template[:-TAR_BLOCK] + block
+
+
+@lru_cache(maxsize=1)
+def make_any_header(name: str, size: int) -> bytes:
+    """Return the header of a tar's member, of any name and size."""
+    member = tarfile.TarInfo(name)
+    member.size = size
+    member.mtime = 0.0
+    member.mode = 0o444
+    member.uname = "bigdata"  # webdataset's
+    member.gname = "bigdata"
+    return member.tobuf(tarfile.PAX_FORMAT)
 
 
 class ShardRange(NamedTuple):
@@ -263,12 +328,9 @@ class ShardWriter:
         self, number: int, samples: Iterable[dict[str, Any]], extra: dict[str, Any]
     ) -> None:
         tar = self._path(number, "tar")
-        with atomic_file(tar) as file, TarWriter(file, encoder=False, mtime=0.0) as writer:
-            for sample in samples:
-                writer.write(sample)
+        with atomic_file(tar) as file:
+            spans = write_tar(file, samples)
             self._write_plan()
-        contents = scan_complete_tar(tar)
-        spans = [spans for _, spans in contents.samples]
         fields = sorted({field for sample in spans for field in sample})
         offsets = self._path(number, "npy")
         write_offsets(offsets, measure_offsets(tar, spans, fields))

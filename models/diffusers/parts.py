@@ -4,7 +4,10 @@ import inspect
 import json
 import logging
 import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -131,53 +134,96 @@ def find_variant(part: Path, stem: str) -> str | None:
         raise ValueError(
             f"{part}: its weights are in {pickled[0]} alone, which could run code; convert the "
             "pipeline with DiffusionPipeline.from_pretrained(FOLDER, use_safetensors=False)"
-            ".save_pretrained(NEW_FOLDER), or download its safetensors"
+            ".save_pretrained(NEW_FOLDER) (a text encoder: AutoModel of transformers), or download "
+            "its safetensors"
         )
     raise ValueError(f"{part}: no {stem}.safetensors in it; use the folder of a complete pipeline")
 
 
-def load_part(cls: Any, part: Path) -> Any:
+def load_part(cls: Any, part: Path, extra: Collection[str] = ()) -> Any:
     """Return a network with the weights of a folder, in float32 and without gaps.
 
     Args:
         cls: its class, of diffusers or transformers.
         part: the folder.
+        extra: keys of the config that the class need not know.
 
     Raises:
         ValueError: the folder is of another class, its weights are not readable, or some are
             missing: they would be random.
     """
     check_class(part, cls.__name__)
+    return load_network(cls, part, extra)
+
+
+def load_network(
+    cls: Any,
+    part: Path,
+    extra: Collection[str] = (),
+    unread: tuple[str, ...] = (),
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """Return a network with the weights of a folder, which may be those of a larger network.
+
+    Args:
+        cls: its class, of diffusers or transformers.
+        part: the folder.
+        extra: keys of the config that the class need not know.
+        unread: how the names of weights begin that the class need not read.
+        arguments: of the class's `from_pretrained`.
+
+    Raises:
+        ValueError: its weights are not readable, or some are missing: they would be random.
+    """
     library = cls.__module__.partition(".")[0]
     variant = find_variant(part, WEIGHTS[library])
     if library == "diffusers":
-        check_keys(cls, part / "config.json")
+        check_keys(cls, part / "config.json", extra)
     try:
-        with torch.inference_mode(False):  # the caller may be in inference mode
+        # The caller may be in inference mode. Keys of the config are checked already.
+        with torch.inference_mode(False), silenced("diffusers.configuration_utils"):
             model, info = cls.from_pretrained(
                 part,
                 variant=variant,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                **arguments,
             )
     except MemoryError:
         raise
     except Exception as error:  # diffusers, transformers and torch raise different kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{part}: not a readable {cls.__name__} ({reason})") from error
-    check_complete(part, info)
+    check_complete(part, info, unread)
     with torch.inference_mode(False):
         return model.float()
 
 
-def check_keys(cls: Any, path: Path) -> None:
+@contextmanager
+def silenced(name: str) -> Iterator[None]:
+    """Leave out the warnings of a logger."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def check_keys(cls: Any, path: Path, extra: Collection[str] = ()) -> None:
     """Check that a class of diffusers reads every key of a config, which it would drop.
+
+    Args:
+        cls: the class.
+        path: of the config.
+        extra: keys that it need not know.
 
     Raises:
         ValueError: a key is unknown, and neither null nor false.
     """
-    keys = inspect.signature(cls.__init__).parameters
+    keys = {*inspect.signature(cls.__init__).parameters, *extra}
     for key, value in update_config(read_config(path)).items():
         if key not in keys and not key.startswith("_") and value not in (None, False):
             raise ValueError(
@@ -186,8 +232,13 @@ def check_keys(cls: Any, path: Path) -> None:
             )
 
 
-def check_complete(part: Path, info: dict[str, Any]) -> None:
+def check_complete(part: Path, info: dict[str, Any], ignored: tuple[str, ...] = ()) -> None:
     """Check the report of a library on the weights that it has read from a folder.
+
+    Args:
+        part: the folder.
+        info: the report.
+        ignored: how the names of weights begin that need not be read.
 
     Raises:
         ValueError: some are missing, or have another shape.
@@ -203,7 +254,7 @@ def check_complete(part: Path, info: dict[str, Any]) -> None:
         )
     unread = []
     for key in sorted(info["unexpected_keys"]):
-        if not key.endswith(COMPUTED_BUFFERS):
+        if not key.endswith(COMPUTED_BUFFERS) and not key.startswith(ignored):
             unread.append(key)
     if unread:
         log.warning(
@@ -214,19 +265,26 @@ def check_complete(part: Path, info: dict[str, Any]) -> None:
         )
 
 
-def part_digest(part: Path) -> str:
+def part_digest(part: Path, names: Collection[str] | None = None, weights: bool = True) -> str:
     """Return the sha256 of all that is read of a part's folder: its configs and its weights.
 
     What a library notes in configs (its version, where a part came from) does not count.
+
+    Args:
+        part: the folder.
+        names: of the files that count, beside the weights. None: all that are read.
+        weights: whether the weights count.
     """
     sums = {}
     for file in sorted(part.iterdir()):
         if file.is_dir() or UNREAD_FILES.fullmatch(file.name):
             continue
+        if names is not None and file.name not in names:
+            continue
         sums[file.name] = file_digest(file)
         if file.name in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
             sums[file.name] = digest(canonical(_without_notes(read_config(file))))
-    for file in _weight_files(part):
+    for file in _weight_files(part) if weights else ():
         sums[plain_name(file.name)] = file_digest(file)
     return digest(canonical(sums))
 

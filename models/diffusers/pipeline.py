@@ -2,11 +2,12 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.files import canonical, digest
-from models.codec import KL, Codec, load_codec
+from models.codec import KL, Codec, LatentCodec, load_codec
 from models.condition import ClassLabel, Condition, Unconditional
 from models.denoiser import Denoiser
 from models.diffusers.architectures import ARCHITECTURES, TEXT_ARCHITECTURES
@@ -215,15 +216,27 @@ def _check_applied_statistics(codec: Path, pipeline: str) -> None:
         ValueError: it has others, which we would apply and the pipeline does not.
     """
     config = read_config(codec / "config.json")
+    key = find_ignored_statistic(config, pipeline)
+    if key:
+        raise ValueError(
+            f"{codec / 'config.json'}: {key} is {config[key]}, which is not supported in a "
+            f"{pipeline or 'pipeline without texts'}; set it to null if the network was "
+            "trained without it"
+        )
+
+
+def find_ignored_statistic(config: Mapping[str, Any], pipeline: str) -> str:
+    """Return the first statistic of a codec's latents that a pipeline ignores, "" if there is none.
+
+    Args:
+        config: of the codec.
+        pipeline: the pipeline's class.
+    """
     applied = APPLIED_STATISTICS.get(pipeline, ())
     for key in STATISTICS:
-        value = config.get(key)
-        if value and key not in applied:
-            raise ValueError(
-                f"{codec / 'config.json'}: {key} is {value}, which is not supported in a "
-                f"{pipeline or 'pipeline without texts'}; set it to null if the network was "
-                "trained without it"
-            )
+        if config.get(key) and key not in applied:
+            return key
+    return ""
 
 
 def _check_channels(folder: str, name: str, encoded: int, expected: int) -> None:
@@ -278,20 +291,53 @@ def part_digests(codec: Codec, condition: Condition, folder: str | Path | None) 
         digests |= condition.parts
     if folder and (Path(folder) / INDEX).is_file():
         digests["scheduler"] = part_digest(Path(folder) / "scheduler")
-    if digests and isinstance(codec, KL):
+    if digests and isinstance(codec, LatentCodec):
         digests["vae"] = codec_digest(codec)
     return digests
 
 
-def codec_digest(codec: KL) -> str:
+def codec_digest(codec: LatentCodec) -> str:
     """Return the digest of what identifies a codec."""
     return digest(canonical(codec.identity()))
 
 
-def to_diffusers_vae(codec: KL) -> "AutoencoderKL":
-    """Return a codec's autoencoder with a config that does not contain where it was read from."""
+def check_pipeline_codec(codec: LatentCodec, pipeline: str) -> None:
+    """Check that a pipeline decodes latents as their codec does.
+
+    Args:
+        codec: the codec.
+        pipeline: the pipeline's class.
+
+    Raises:
+        ValueError: it decodes with another autoencoder, or ignores statistics of the latents.
+    """
+    if not isinstance(codec, KL):
+        raise ValueError(
+            f"{codec.path}/config.json: _class_name is {codec.architecture}, a {pipeline} decodes "
+            f"with an {KL.architecture}; train in the latents of one, or use `rectify consolidate`"
+        )
+    key = find_ignored_statistic(codec.vae.config, pipeline)
+    if key:
+        raise ValueError(
+            f"{codec.path}/config.json: {key} is {codec.vae.config[key]!s:.60}, which a "
+            f"{pipeline} ignores; train in latents of `rectify encode --scale measured`, or use "
+            "`rectify consolidate`"
+        )
+
+
+def to_diffusers_vae(codec: LatentCodec, pipeline: str) -> "AutoencoderKL":
+    """Return a codec's autoencoder with a config that does not contain where it was read from.
+
+    Args:
+        codec: the codec.
+        pipeline: class of the pipeline that decodes with it.
+
+    Raises:
+        ValueError: the pipeline decodes otherwise.
+    """
     from diffusers import AutoencoderKL
 
+    check_pipeline_codec(codec, pipeline)
     config = {}
     for key, value in codec.vae.config.items():
         if not key.startswith("_"):
@@ -318,19 +364,20 @@ def to_diffusers_pipeline(
         denoiser.prediction, predictions
     )
     is_flow = isinstance(denoiser.interpolant, Linear) and isinstance(denoiser.prediction, Velocity)
-    has_vae = isinstance(codec, KL)
+    has_vae = isinstance(codec, LatentCodec)
     # pixels, without classes
     if net.kind == "UNet2DModel" and is_chain and not net.classes and not has_vae:
         # DDIMPipeline would replace the scheduler by diffusers' DDIM.
         return DDPMPipeline(net.merged(), chain_scheduler(denoiser))
-    if isinstance(codec, KL) and (is_chain or is_flow):
+    if isinstance(codec, LatentCodec) and (is_chain or is_flow):
         # texts
         if isinstance(condition, Prompts):
             return _to_text_pipeline(denoiser, codec, condition, is_chain)
         # classes
         if net.kind == "DiTTransformer2DModel":
             scheduler = chain_scheduler(denoiser) if is_chain else flow_scheduler()
-            return DiTPipeline(net.merged(), to_diffusers_vae(codec), scheduler)
+            vae = to_diffusers_vae(codec, "DiTPipeline")
+            return DiTPipeline(net.merged(), vae, scheduler)
     raise ValueError(
         f"diffusers has no pipeline for a {net.kind} of {net.classes} classes with "
         f"{denoiser.interpolant!r}, {denoiser.prediction!r} and codec {type(codec).__name__}; "
@@ -373,7 +420,7 @@ def save_pipeline(
 
 
 def _to_text_pipeline(
-    denoiser: Denoiser, codec: KL, condition: Prompts, is_chain: bool
+    denoiser: Denoiser, codec: LatentCodec, condition: Prompts, is_chain: bool
 ) -> "DiffusionPipeline":
     """Return a pipeline with texts: that of the text encoders, with our network and codec."""
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, PixArtAlphaPipeline
@@ -394,5 +441,6 @@ def _to_text_pipeline(
     assert isinstance(denoiser.net, Pretrained)
     name = "unet" if "unet" in pipe.components else "transformer"
     network = {name: denoiser.net.merged()}
-    pipe.register_modules(**network, vae=to_diffusers_vae(codec), scheduler=scheduler)
+    vae = to_diffusers_vae(codec, type(pipe).__name__)
+    pipe.register_modules(**network, vae=vae, scheduler=scheduler)
     return pipe

@@ -17,6 +17,7 @@ class Net(nn.Module, ABC):
     time_input: TimeInput
     channels: int
     size: int  # height and width
+    size_multiple: int | None = None  # it takes heights and widths that are multiples; None: `size`
     classes: int | None = None  # None: it does not say
     tokens = 0  # of a text; 0: it takes no texts
     two_time = False  # whether it takes a second time

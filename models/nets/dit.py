@@ -16,6 +16,25 @@ def modulate(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return normalised * (1 + scale[:, None]) + shift[:, None]
 
 
+def embed_positions(height: int, width: int, side: int, channels: int) -> Tensor:
+    """Return the sine-cosine positions of a grid of patches, (height x width, channels) float32.
+
+    Patches are one apart; the centre of the grid is that of a square of `side` patches.
+
+    Args:
+        height: patches in a column.
+        width: patches in a row.
+        side: patches in a row and in a column of the square.
+        channels: of a position, a multiple of 4.
+    """
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid  # slow to import
+
+    rows = torch.arange(height, dtype=torch.float32) + (side - height) / 2
+    columns = torch.arange(width, dtype=torch.float32) + (side - width) / 2
+    grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"))
+    return get_2d_sincos_pos_embed_from_grid(channels, grid).float()
+
+
 class Block(nn.Module):
     """One transformer block with adaLN-zero: it starts as the identity."""
 
@@ -45,10 +64,12 @@ class Block(nn.Module):
 class DiT(Net):
     """A diffusion transformer that starts by predicting zero; its time input is 1000 t.
 
-    Peebles & Xie 2022 (arXiv 2212.09748).
+    Peebles & Xie 2022 (arXiv 2212.09748). It takes states of any height and width that are
+    multiples of the patch. As in Stable Diffusion 3 (Esser et al. 2024, arXiv 2403.03206, section
+    5.3.2), neighbouring patches are one apart at every size, and the centre keeps its position.
 
     Args:
-        size: height and width of the state.
+        size: height and width of the states that samplers start from.
         channels: channels of the state.
         patch: side of a patch, a divisor of size.
         width: channels of a token, a multiple of heads and of 4.
@@ -63,6 +84,7 @@ class DiT(Net):
     """
 
     classes: int
+    position: Tensor  # of the patches at the nominal size
 
     def __init__(
         self,
@@ -82,6 +104,7 @@ class DiT(Net):
         self.size = size
         self.channels = channels
         self.patch = patch
+        self.size_multiple = patch
         self.width = width
         self.depth = depth
         self.heads = heads
@@ -91,11 +114,9 @@ class DiT(Net):
         self.time_input = ScaledTime(1000.0)
         # patches and their positions
         self.embed = nn.Conv2d(channels, width, patch, patch)
-        from diffusers.models.embeddings import get_2d_sincos_pos_embed  # slow to import
-
         side = size // patch
-        grid = get_2d_sincos_pos_embed(width, side, base_size=side, output_type="pt")
-        self.register_buffer("position", grid.float(), persistent=False)
+        self.register_buffer("position", embed_positions(side, side, side, width), persistent=False)
+        self._positions: dict[tuple[int, int], Tensor] = {}  # of other sizes
         # embeddings of time and class
         fc1 = nn.Linear(FREQUENCIES, width)
         fc2 = nn.Linear(width, width)
@@ -144,6 +165,24 @@ class DiT(Net):
             embedding = embedding + self.guidance_embedder(excess)
         return embedding
 
+    def positions(self, height: int, width: int) -> Tensor:
+        """Return the positions of the patches of a state, (height x width, channels of a token).
+
+        Args:
+            height: patches in a column.
+            width: patches in a row.
+        """
+        side = self.size // self.patch
+        if (height, width) == (side, side):
+            return self.position
+        found = self._positions.get((height, width))
+        like = self.position
+        if found is None or found.device != like.device or found.dtype != like.dtype:
+            with torch.inference_mode(False):  # training may use it later
+                found = embed_positions(height, width, side, self.width).to(like)
+            self._positions[height, width] = found
+        return found
+
     def list_blocks(self) -> list[nn.Module]:
         return list(self.blocks)
 
@@ -160,15 +199,15 @@ class DiT(Net):
     ) -> Tensor:
         # tokens
         patches = self.embed(x_t.to(self.embed.weight.dtype))
-        tokens = patches.flatten(2).transpose(1, 2) + self.position
+        height, width = patches.shape[2:]
+        tokens = patches.flatten(2).transpose(1, 2) + self.positions(height, width)
         conditioning = self.conditioning(time, cond, t_end, guidance)
         for block in self.blocks:
             tokens = block(tokens, conditioning)
         # patches of the output
         shift, scale = self.modulation(F.silu(conditioning)).chunk(2, dim=-1)
         patches = self.out(modulate(tokens, shift, scale))
-        side = self.size // self.patch
-        patches = patches.unflatten(1, (side, side))
+        patches = patches.unflatten(1, (height, width))
         patches = patches.unflatten(-1, (self.patch, self.patch, self.channels))
         # (B, h, w, p, q, C) -> (B, C, h p, w q)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(x_t.shape)

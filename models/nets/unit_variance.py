@@ -47,6 +47,7 @@ class UnitVariance(Net):
         self.time_input = ScaledTime(1.0)
         self.channels = net.channels
         self.size = net.size
+        self.size_multiple = net.size_multiple
         self.classes = net.classes
 
     def list_blocks(self) -> list[nn.Module]:

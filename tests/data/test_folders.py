@@ -90,7 +90,7 @@ def test_what_is_no_image_is_counted_by_kind(tmp_path, capsys):
     for name in ("cat/0.txt", "dog/0.txt", "cat/1.heic", "README", "x.eps", "cat/.DS_Store"):
         (photos / name).write_text("PS: no image")
     write(photos, "@eaDir/0.png", "__MACOSX/cat/0.png", ".ipynb_checkpoints/0.png", "cat/._0.png")
-    pack(tmp_path / "set", photos, size=4, holdout=0)
+    pack(tmp_path / "set", photos, size=4, holdout=0, captions="none")
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("pack: 2 images; passed over: ")
     for part in (

@@ -11,6 +11,7 @@ import pytest
 import torch
 from webdataset import TarWriter
 
+from data.batch import Request
 from data.sequential import SequentialTars
 from data.shards import array_to_npy
 from tests.data.remote import latent, png, replace_ghostscript, write_tars
@@ -241,7 +242,7 @@ def three_sizes(tmp_path):
 
 
 def first_batch(source):
-    return next(source.read_batches(0, 0, 1, iter([(0, 3)])))
+    return next(source.read_batches(0, 0, 1, iter([Request(0, 0, 3, 3)])))
 
 
 def test_images_are_scaled_to_one_size(three_sizes):

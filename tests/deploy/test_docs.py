@@ -25,6 +25,7 @@ from tests.helpers.documents import (
     heading_anchors,
     inline_code,
     programs,
+    write_captioned,
 )
 from trainer.metrics import classifier
 from trainer.metrics.sample_distances import energy_distance
@@ -56,7 +57,11 @@ RUN_ELSEWHERE = {
     ),
     "rectify run configs/flows/pipeline.yaml": "tests/deploy/test_likelihood.py",
 }
-NEEDS_TRANSFORMERS = ("runs/text/", "configs/text/")  # run by tests/deploy/text/test_page.py
+NEEDS_TRANSFORMERS = (
+    "runs/text/",
+    "configs/text/",
+    "runs/words/text",
+)  # run by tests/deploy/text/test_page.py
 
 
 def is_run_by_this_module(command: str) -> bool:
@@ -78,6 +83,7 @@ def write_user_files(folder: Path) -> None:
         for i in range(60):
             image = Image.effect_noise((80, 70), 40 + i).convert("RGB")
             image.save(folder / name / f"{i}.png")
+    write_captioned(folder)
     torch.jit.script(FeatureMeans()).save(folder / "extractor.pt")
     (folder / "tars").mkdir()
     for tar in (folder / "runs/demo/latents").glob("*.tar"):
@@ -89,6 +95,8 @@ def user_folder(workspace, tmp_path_factory):
     """Return a user's folder: it has the results of the demo, and what the pages assume."""
     folder = tmp_path_factory.mktemp("user")
     (folder / "configs").symlink_to(REPOSITORY / "configs")
+    (folder / "data").mkdir()
+    (folder / "data/emoji").symlink_to(REPOSITORY / "data/emoji")
     (folder / "runs/demo").mkdir(parents=True)
     for result in (workspace.path / "runs/demo").glob("[!.]*"):  # without locks
         (folder / "runs/demo" / result.name).symlink_to(result)

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from data.digits import digits
-from data.pack import image_to_png
+from data.packed_shards import image_to_png
 from data.shards import ShardReader
 from tests.helpers.commands import REPOSITORY
 from tests.helpers.results import is_result, result_lines

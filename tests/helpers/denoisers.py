@@ -41,6 +41,9 @@ class FixedTime:
     def __init__(self, t: float):
         self.t = t
 
+    def for_shape(self, shape):
+        return self
+
     def for_interpolant(self, interpolant):
         return lambda u: torch.full_like(u, self.t, dtype=torch.float64)
 

@@ -1,10 +1,12 @@
-"""The pages of the documentation: their commands and programs, and the paths that they name."""
+"""The pages of the documentation: their commands, programs and paths, and files of a user."""
 
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from PIL import Image
 
 from tests.helpers.commands import REPOSITORY
 
@@ -71,3 +73,15 @@ def heading_anchors(page: Path) -> set[str]:
         kept = re.sub(r"[^\w\- ]", "", heading.lower())
         anchors.add(kept.replace(" ", "-"))
     return anchors
+
+
+def write_captioned(folder: Path) -> None:
+    """Write captioned pictures of two shapes, and a list of them."""
+    (folder / "captioned").mkdir()
+    rows = ["file_name,caption,alt"]
+    for i in range(48):
+        size = (60, 90) if i % 2 else (80, 70)
+        Image.effect_noise(size, 40 + i).convert("RGB").save(folder / f"captioned/{i:02d}.png")
+        (folder / f"captioned/{i:02d}.txt").write_text(f"noise, number {i}")
+        rows.append(f"captioned/{i:02d}.png,noise number {i},noise")
+    (folder / "list.csv").write_text("\n".join(rows) + "\n")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from models.checkpoint import FORMAT
-from models.codec import KL
+from models.codec import LatentCodec
 from models.condition import ClassLabel, Condition
 from models.denoiser import Denoiser
 from models.description import describe
@@ -72,7 +72,7 @@ def save_teacher(
     run: Path,
     model: Denoiser,
     condition: Condition | None = None,
-    codec: KL | None = None,
+    codec: LatentCodec | None = None,
     averaged: bool = False,
     **more: Any,
 ) -> Path:

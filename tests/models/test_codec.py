@@ -2,27 +2,47 @@
 
 import json
 
+import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from models.codec import (
     KL,
     Identity,
+    Tiny,
     describe_codec,
     find_codec_difference,
     load_codec,
     save_codec,
 )
-from tests.helpers.codecs import small_vae
+from tests.helpers.codecs import SMALL_CODECS, small_tiny, small_vae
 from tests.helpers.refusals import refused
 from trainer.compatibility import check_latents_codec, check_same_codec
 
 CHANNELS = {"latents_mean": [0.5, -1.0, 0.0, 2.0], "latents_std": [1.0, 2.0, 0.5, 4.0]}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# How each model of diffusers returns its latents.
+ENCODE = {
+    "AutoencoderKL": lambda vae, images: vae.encode(images).latent_dist.mode(),
+    "AutoencoderDC": lambda vae, images: vae.encode(images).latent,
+    "AutoencoderTiny": lambda vae, images: vae.encode(images).latents,
+}
+
+every_architecture = pytest.mark.parametrize("architecture", SMALL_CODECS)
 
 
 def make_codec(path, **changes):
     save_codec(small_vae(**changes), path)
     return KL(str(path))
+
+
+def write_codec(path, architecture, **changes):
+    """Write a small codec, with entries of its config that its class need not know."""
+    model = SMALL_CODECS[architecture]()
+    model.register_to_config(**changes)
+    save_codec(model, path)
+    return path
 
 
 def test_latents_are_those_of_diffusers_formula(tmp_path):
@@ -35,6 +55,102 @@ def test_latents_are_those_of_diffusers_formula(tmp_path):
     std = torch.tensor(CHANNELS["latents_std"]).view(1, 4, 1, 1)
     torch.testing.assert_close(x * std / 0.5 + mean + 0.25, raw)
     torch.testing.assert_close(codec.decode(x), codec.vae.decode(raw).sample)
+
+
+@every_architecture
+def test_latents_and_images_are_those_of_plain_diffusers(tmp_path, architecture):
+    """Pipelines decode x / scaling_factor."""
+    codec = load_codec(write_codec(tmp_path, architecture))
+    plain = getattr(diffusers, architecture).from_pretrained(tmp_path).eval()
+    scale = plain.config.scaling_factor
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    plain.requires_grad_(False)
+    expected = ENCODE[architecture](plain, images) * scale
+    decoded = plain.decode(expected / scale).sample
+    torch.testing.assert_close(codec.encode(images), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(codec.decode(expected), decoded, rtol=0, atol=1e-6)
+
+
+@every_architecture
+def test_statistics_per_channel_are_applied_by_every_architecture(tmp_path, architecture):
+    codec = load_codec(write_codec(tmp_path / "plain", architecture))
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    raw = codec.encode_raw(images)
+    mean = [0.1 * channel for channel in range(codec.channels)]
+    std = [0.5 + 0.25 * channel for channel in range(codec.channels)]
+    codec.set_channels(mean, std)
+    codec.save(tmp_path / "channels")
+    found = load_codec(tmp_path / "channels")
+    expected = (raw - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(1, -1, 1, 1)
+    torch.testing.assert_close(found.encode(images), expected, rtol=0, atol=1e-6)
+    decoded = codec.vae.decode(raw).sample
+    torch.testing.assert_close(found.decode(expected), decoded, rtol=0, atol=1e-5)
+
+
+@every_architecture
+def test_plain_diffusers_loads_a_codec_with_statistics_per_channel(tmp_path, architecture):
+    codec = load_codec(write_codec(tmp_path / "plain", architecture))
+    codec.set_channels([0.0] * codec.channels, [2.0] * codec.channels)
+    codec.save(tmp_path / "channels")
+    plain = getattr(diffusers, architecture).from_pretrained(tmp_path / "channels")
+    weights = codec.vae.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in plain.state_dict().items())
+
+
+@every_architecture
+def test_statistics_per_channel_are_read_without_a_warning(tmp_path, architecture, capfd, caplog):
+    channels = SMALL_CODECS[architecture]().config.latent_channels
+    values = {"latents_mean": [0.0] * channels, "latents_std": [2.0] * channels}
+    load_codec(write_codec(tmp_path, architecture, **values))
+    assert not capfd.readouterr().err
+    assert not caplog.messages
+
+
+@every_architecture
+def test_codecs_that_differ_in_the_mean_of_one_channel_differ(tmp_path, architecture):
+    codec = load_codec(write_codec(tmp_path / "plain", architecture))
+    std = [1.0] * codec.channels
+    codec.set_channels([0.0] * codec.channels, std)
+    before = codec.identity()
+    codec.set_channels([0.0] * (codec.channels - 1) + [0.01], std)
+    assert "channel_mean" in find_codec_difference(before, codec.identity())
+
+
+@pytest.mark.parametrize("channels", [8, 16, 32])
+def test_latents_may_have_any_number_of_channels(tmp_path, channels):
+    codec = make_codec(tmp_path, latent_channels=channels)
+    latents = codec.encode(torch.zeros(1, 3, 8, 8))
+    assert latents.shape == (1, channels, 4, 4)
+    assert codec.decode(latents).shape == (1, 3, 8, 8)
+
+
+def test_8_bit_storage_of_tiny_codecs_changes_no_latent(tmp_path):
+    """latent_magnitude and latent_shift are those of `AutoencoderTiny.scale_latents`."""
+    images = torch.rand(1, 3, 8, 8) * 2 - 1
+    latents = []
+    for number, shift in enumerate((0.5, 0.25)):
+        save_codec(small_tiny(latent_shift=shift, latent_magnitude=5), tmp_path / str(number))
+        latents.append(Tiny(str(tmp_path / str(number))).encode(images))
+    assert torch.equal(*latents)
+
+
+@every_architecture
+def test_a_codec_that_lacks_a_weight_is_refused(tmp_path, architecture):
+    write_codec(tmp_path, architecture)
+    (tmp_path / "checksums.json").unlink()
+    weights = load_file(tmp_path / WEIGHTS)
+    missing = next(iter(weights))
+    del weights[missing]
+    save_file(weights, tmp_path / WEIGHTS)
+    with refused(tmp_path, missing, kind=ValueError):
+        load_codec(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["AsymmetricAutoencoderKL", "VQModel"])
+def test_another_architecture_is_refused(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
+    with refused(tmp_path / "config.json", name, *SMALL_CODECS, kind=ValueError):
+        load_codec(tmp_path)
 
 
 def test_weights_and_all_statistics_are_the_identity(tmp_path):
@@ -88,15 +204,22 @@ def test_rounding_of_a_statistic_is_no_difference(tmp_path):
     assert not find_codec_difference(identity, {**identity, "scale": 0.5 * (1 + 1e-7)})
 
 
-@pytest.mark.parametrize(
-    ("shape", "named"),
-    [((1, 1, 8, 8), (3, 1)), ((1, 3, 9, 8), (2, "8 x 9")), ((1, 3, 8, 9), (2, "9 x 8"))],
-    ids=["channels", "height", "width"],
-)
-def test_images_that_do_not_fit_are_refused(tmp_path, shape, named):
-    codec = make_codec(tmp_path / "vae")
-    with refused(tmp_path / "vae", *named, kind=ValueError):
-        codec.encode(torch.zeros(shape))
+@every_architecture
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_images_with_a_side_is_no_multiple_of_the_factor_are_refused(tmp_path, architecture, side):
+    codec = load_codec(write_codec(tmp_path, architecture))
+    sides = {"height": 16, "width": 16}
+    sides[side] += codec.factor // 2
+    named = f"{sides['width']} x {sides['height']}"
+    with refused(tmp_path, codec.factor, named, kind=ValueError):
+        codec.encode(torch.zeros(1, 3, *sides.values()))
+
+
+@every_architecture
+def test_images_of_other_channels_are_refused(tmp_path, architecture):
+    codec = load_codec(write_codec(tmp_path, architecture))
+    with refused(tmp_path, 3, 1, kind=ValueError):
+        codec.encode(torch.zeros(1, 1, 16, 16))
 
 
 def test_a_codecs_folder_with_another_codec_in_it_is_itself(tmp_path):

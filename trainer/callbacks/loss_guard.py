@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from data.batch import Batch, IndexedDataset
+from data.batch import Batch, IndexedDataset, Request
 from data.progress import print_message
 from trainer.engine.fsdp import to_local
 from trainer.engine.trainer_parts import find_callback, find_datamodule
@@ -22,14 +22,16 @@ class MicroBatch(NamedTuple):
 
     Attributes:
         step: optimizer step.
-        position: of its first sample in the sequence of all samples of the run.
+        start: position of its first sample in the global batch.
+        size: samples in the global batch.
         seed: of the sequence.
         loss: its loss, as returned by the training step.
         per_sample: of its samples, if the loss is one of single samples.
     """
 
     step: int
-    position: int
+    start: int
+    size: int
     seed: int
     loss: Tensor
     per_sample: PerSample | None
@@ -122,7 +124,8 @@ class LossGuard(Callback):
         """Remember the loss, and check the recent losses every few steps."""
         micro_batch = MicroBatch(
             step=batch.step,
-            position=batch.step * batch.size + batch.start,
+            start=batch.start,
+            size=batch.size,
             seed=batch.seed,
             loss=outputs["loss"].detach(),
             per_sample=outputs.get("per_sample"),
@@ -180,10 +183,10 @@ class LossGuard(Callback):
         facts = [f"{len(positions)} samples"]
         datamodule = find_datamodule(trainer)
         if datamodule and isinstance(datamodule.source, IndexedDataset) and positions:
-            order = datamodule.source.order(part.seed)
             indices = []
             for position in positions[:MAX_INDICES]:
-                indices.append(int(order.indices(part.position + position, 1)[0]))
+                request = Request(part.step, part.start + position, 1, part.size)
+                indices.append(int(datamodule.source.locate(part.seed, request).indices[0]))
             facts.append(f"indices {indices}")
         if len(times) and positions:
             found = times[positions]

@@ -1,83 +1,39 @@
-"""Encoding: packed images become shards of latents with unit variance."""
+"""Encoding: packed images become shards of latents, or captions shards of embeddings."""
 
 import logging
-import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data.cache import exclusive
 from data.files import atomic_folder, canonical, digest
-from data.images import Images
 from data.latents import latent_sample
 from data.shards import ShardWriter, identify_shards
 from models.checkpoint import CODEC, newest_checkpoint, read_checkpoint
-from models.codec import CHECKSUMS, CODEC_ENTRIES, KL, load_codec
+from models.codec import CHECKSUMS, CODEC_ENTRIES, LatentCodec, load_codec
+from models.text_encoder import Output
 from trainer.jobs import job
+from trainer.jobs.encode_text import encode_text
+from trainer.latent_statistics import (
+    ImageSet,
+    batch_size,
+    channel_statistics,
+    check_finite,
+    latent_scale,
+    open_images,
+)
 
 log = logging.getLogger(__name__)
-SCALE_IMAGES = 16384  # evenly spaced images, at most, from which the latents' scale is measured
-CHECKED_IMAGES = 256  # of these the standard deviation is measured where a scale is kept
+CHECKED_IMAGES = (
+    256  # evenly spaced; of these the standard deviation is measured where a scale is kept
+)
 UNIT_DEVIATION = (0.5, 2.0)  # a kept scale that gives latents another one is doubtful
+# Entries of sets by `rectify pack`, whose .json holds captions and sizes; latents keep it.
+PACKED = frozenset({"size", "captions", "buckets"})
 # What mended images or codecs change in a plan.
-DERIVED = ("images", "classes", "count", *CODEC_ENTRIES)
-CODEC_BATCH = 256  # images encoded at once
-
-
-@torch.inference_mode()
-def latent_scale(codec: KL, images: Images, limit: int = SCALE_IMAGES) -> float:
-    """Return 1 / the standard deviation of unscaled latents, measured on evenly spaced images.
-
-    Args:
-        codec: the codec.
-        images: the images.
-        limit: number of images at most.
-
-    Raises:
-        ValueError: a latent is not finite, or all are alike.
-    """
-    count = min(limit, len(images))
-    positions = np.linspace(0, len(images) - 1, count)
-    indices = positions.round().astype(int)
-    total = 0.0
-    total_square = 0.0
-    numbers = 0.0
-    for part in np.array_split(indices, math.ceil(len(indices) / CODEC_BATCH)):
-        pixels = images.read(part).x.to(codec.vae.device)
-        posterior = codec.vae.encode(pixels).latent_dist
-        raw = posterior.mode()
-        check_finite(raw, codec, images, part)
-        latents = codec.center(raw).double()
-        total += latents.sum().item()
-        total_square += latents.square().sum().item()
-        numbers += latents.numel()
-    variance = total_square / numbers - (total / numbers) ** 2
-    if not variance > 0:
-        raise ValueError(
-            f"codec: {codec.path} gives the same latent numbers for all of {images}; is it trained?"
-        )
-    return 1 / math.sqrt(variance)
-
-
-def check_finite(latents: Tensor, codec: KL, images: Images, indices: np.ndarray | range) -> None:
-    """Check that latents are finite in float16, in which they are stored.
-
-    Args:
-        latents: (B, C, H, W).
-        codec: what encoded them.
-        images: what was encoded.
-        indices: of the images.
-    """
-    finite = latents.half().flatten(1).isfinite().all(1)
-    if not finite.all():
-        index = int(indices[int(finite.logical_not().nonzero()[0])])
-        raise ValueError(
-            f"codec: {codec.path} gives a latent that is not finite in float16, for image {index} "
-            f"({images.reader[index]['__key__']}) of {images}; repair the codec, or choose another"
-        )
+DERIVED = ("images", "classes", "count", "captions", "buckets", "statistics", *CODEC_ENTRIES)
 
 
 def has_no_scale(codec: Path) -> bool:
@@ -100,9 +56,9 @@ def check_codec_folder(out: Path) -> None:
         )
 
 
-def report_kept_scale(codec: KL, images: Images) -> None:
+def report_kept_scale(codec: LatentCodec, source: ImageSet) -> None:
     """Log the scale of a codec that is kept, and warn if the latents are far from unit variance."""
-    deviation = codec.scale / latent_scale(codec, images, CHECKED_IMAGES)
+    deviation = codec.scale / latent_scale(codec, source, CHECKED_IMAGES)
     low, high = UNIT_DEVIATION
     doubt = ""
     level = logging.INFO
@@ -113,86 +69,206 @@ def report_kept_scale(codec: KL, images: Images) -> None:
     log.log(level, text, codec.scale, codec.path, deviation, doubt)
 
 
+def check_image_sizes(codec: LatentCodec, source: ImageSet) -> None:
+    """Check that a codec encodes images of every bucket.
+
+    Raises:
+        ValueError: it does not.
+    """
+    name = f"images: {source.images}"
+    try:
+        codec.check_images(source.images.sample().x)
+        for bucket in source.buckets:
+            name = f"images: {source.images}: bucket {bucket.name}"
+            codec.check_size(bucket.height, bucket.width)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+Scale = Literal["auto", "keep", "measured", "channels"]
+
+
+def choose_scale(scale: Scale, codec: Path) -> Scale:
+    """Return what --scale means for a codec: keep, measured or channels."""
+    if scale == "auto":
+        return "measured" if has_no_scale(codec) else "keep"
+    return scale
+
+
+def make_plan(codec: LatentCodec, source: ImageSet, scale: Scale) -> dict[str, Any]:
+    """Return what a set of latents is; measured statistics follow from images and codec.
+
+    Args:
+        codec: as it was loaded.
+        source: the images.
+        scale: keep, measured or channels.
+    """
+    manifest = source.images.manifest
+    plan = {
+        "images": digest(canonical(identify_shards(manifest))),
+        "codec": codec.weights(),
+        "classes": manifest["classes"],
+    }
+    if scale == "channels":
+        plan["statistics"] = scale
+    else:
+        plan |= codec.record_shift()
+    if scale == "keep":
+        plan["scale"] = codec.scale
+    if "captions" in manifest:
+        plan["captions"] = manifest["captions"]
+    if "buckets" in manifest:
+        plan["buckets"] = []
+        for bucket in source.buckets:
+            size = {"width": bucket.width, "height": bucket.height, "count": bucket.total}
+            plan["buckets"].append(size)
+    return plan
+
+
+def apply_scale(codec: LatentCodec, source: ImageSet, scale: Scale) -> None:
+    """Measure the statistics of a codec's latents, and set them in the codec.
+
+    Args:
+        codec: it is changed, unless the scale is kept.
+        source: the images.
+        scale: keep, measured or channels.
+    """
+    if scale == "channels":
+        codec.set_channels(*channel_statistics(codec, source))
+        log.info("measured: each of the %d channels has mean 0 and variance 1", codec.channels)
+    elif scale == "measured":
+        codec.set_scale(latent_scale(codec, source))
+        log.info("scale %.6g, measured: the latents have unit variance", codec.scale)
+    else:
+        report_kept_scale(codec, source)
+
+
+def encode_shard(
+    codec: LatentCodec, source: ImageSet, indices: range, device: torch.device
+) -> list[dict[str, Any]]:
+    """Return the samples of a shard of latents.
+
+    Only one batch of its images is in memory at a time.
+
+    Args:
+        codec: the codec.
+        source: the images.
+        indices: of the images, all of one bucket.
+        device: of the codec.
+    """
+    images = source.images
+    has_facts = bool(PACKED.intersection(images.manifest)) and images.reader.has_field("json")
+    size = batch_size(source.find_bucket(indices[0]))
+    samples = []
+    for start in range(indices.start, indices.stop, size):
+        part = range(start, min(start + size, indices.stop))
+        batch = images.read(np.array(part))
+        latents = codec.encode(batch.x.to(device))
+        check_finite(latents, codec, images, part)
+        labels = [None] * len(latents)
+        if batch.condition is not None:
+            labels = batch.condition.tolist()
+        for i, latent, label in zip(part, latents.cpu(), labels):
+            sample = latent_sample(f"{i:09d}", latent, label)
+            if has_facts:
+                sample["json"] = images.reader[i]["json"].tobytes()
+            samples.append(sample)
+    return samples
+
+
 @torch.inference_mode()
 def encode(
     images: Path,
-    codec: Path,
     out: Path,
+    codec: Path | None = None,
+    text: Path | None = None,
     shard: int = 1024,
-    scale: Literal["auto", "keep", "measured"] = "auto",
+    scale: Scale = "auto",
+    output: Output | None = None,
+    pooling: Literal["auto", "mean"] = "auto",
+    max_tokens: int | None = None,
     lease: float = 0.0,
 ) -> None:
-    """Encode packed images into shards of float16 latents.
+    """Encode packed images into shards of float16 latents, or their captions into embeddings.
 
     The codec, with the scale of the latents, is written to OUT/codec. Encode other images, such as
     the held-out split, with `--codec OUT/codec`: they get the same scale.
 
     Args:
-        images: a set made by `rectify pack`, usually its train split.
-        codec: an autoencoder's run folder, or the folder of any diffusers AutoencoderKL.
+        images: a set made by `rectify pack`, usually its train split. For captions also a set of
+            latents, or a folder of several sets.
         out: folder for the set.
-        shard: latents in one shard.
-        scale: keep the codec's scaling_factor, or use the one that gives the latents unit
-            variance, measured on the images. By default it is measured for an autoencoder's run,
-            which has none, and kept for every other codec.
+        codec: an autoencoder's run folder, or the folder of a diffusers AutoencoderKL,
+            AutoencoderDC or AutoencoderTiny.
+        text: instead of a codec, the folder of a text encoder of transformers, or `package:NAME`
+            of an installed package that has one.
+        shard: latents or captions in one shard.
+        scale: of latents: keep the codec's scaling_factor; use the one that gives the latents unit
+            variance (measured); or give each channel mean 0 and variance 1 (channels). The last
+            two are measured on the images. By default the scale is measured for an autoencoder's
+            run, which has none, and kept for every other codec.
+        output: of captions: embeddings of the tokens, of the whole text (pooled), or both. By
+            default all that the encoder has.
+        pooling: of captions: as the encoder does it (auto), or the mean of the tokens.
+        max_tokens: of a caption; the rest is cut. By default 128, or as many as the encoder reads.
         lease: 0 divides the shards among the processes by rank. Otherwise processes claim shards,
             and a claim expires if it is not renewed within this many seconds.
     """
+    # The embeddings of captions.
+    if text is not None and codec is None:
+        if scale != "auto":
+            raise ValueError(f"scale is {scale}, but embeddings have none; leave out --scale")
+        encode_text(images, text, out, shard, output, pooling, max_tokens, lease)
+        return
+
+    # The latents of images.
+    if codec is None or text is not None:
+        raise ValueError("codec, text: give exactly one of --codec and --text")
+    text_options = {"output": output, "pooling": pooling, "max_tokens": max_tokens}
+    for name, value in text_options.items():
+        if value not in (None, "auto"):
+            raise ValueError(f"{name} is {value}, but only --text has it; leave out --{name}")
+    encode_images(images, out, codec, shard, scale, lease)
+
+
+def encode_images(
+    images: Path, out: Path, codec: Path, shard: int, scale: Scale, lease: float
+) -> None:
+    """Encode packed images into shards of latents; the arguments are those of `encode`."""
     # The images and the codec, which must fit.
     state = job.start()
-    source = Images(str(images))
-    kl = load_codec(codec)
-    assert isinstance(kl, KL)
-    try:
-        kl.check_images(source.sample().x)
-    except ValueError as error:
-        raise ValueError(f"images: {source}: {error}") from None
+    source = open_images(images)
+    loaded = load_codec(codec)
+    assert isinstance(loaded, LatentCodec)
+    check_image_sizes(loaded, source)
     check_codec_folder(out)
 
-    # What the set is. A measured scale follows from images and codec, a kept one does not.
-    measured = scale == "measured" or (scale == "auto" and has_no_scale(codec))
-    plan = {
-        "images": digest(canonical(identify_shards(source.manifest))),
-        "codec": kl.weights(),
-        "classes": source.manifest["classes"],
-        **kl.record_shift(),
-    }
-    if not measured:
-        plan["scale"] = kl.scale
-    writer = ShardWriter(out, "latents", plan, len(source), shard, DERIVED)
+    # What the set is: shards hold latents of one bucket.
+    scale = choose_scale(scale, codec)
+    plan = make_plan(loaded, source, scale)
+    groups = [bucket.total for bucket in source.buckets] if "buckets" in plan else []
+    writer = ShardWriter(out, "latents", plan, len(source.images), shard, DERIVED, groups)
     has_codec = (out / CODEC / "config.json").exists()
     if has_codec and (out / "manifest.json").exists() and not writer.missing():
         log.info("%s is finished", out)
         return
 
     # Measure the scale, and write the codec with it.
-    kl.to(state.device)
-    if measured:
-        kl.vae.register_to_config(scaling_factor=latent_scale(kl, source))
-        log.info("scale %.6g, measured: the latents have unit variance", kl.scale)
-    else:
-        report_kept_scale(kl, source)
+    loaded.to(state.device)
+    apply_scale(loaded, source, scale)
     if state.is_main_process:
         # Leased processes do so, too; some file systems cannot swap folders.
         with exclusive(out / CODEC), atomic_folder(out / CODEC) as folder:
-            kl.save(folder)
+            loaded.save(folder)
 
     # Encode the images, shard by shard.
     for number in job.iterate_shards(writer, state, lease, "encode", "images"):
         indices = writer.indices(number)
-        batch = source.read(np.array(indices))
-        parts = [kl.encode(part.to(state.device)) for part in batch.x.split(CODEC_BATCH)]
-        latents = torch.cat(parts)
-        check_finite(latents, kl, source, indices)
-        labels = [None] * len(latents)
-        if batch.condition is not None:
-            labels = batch.condition.tolist()
-        samples = []
-        for i, latent, label in zip(indices, latents, labels):
-            samples.append(latent_sample(f"{i:09d}", latent, label))
-        writer.write(number, samples)
+        writer.write(number, encode_shard(loaded, source, indices, state.device))
 
-    # The manifest records the scale and the shape of a latent.
-    first = source.read(np.array([0]))
-    shape = kl.encode(first.x.to(state.device)).shape[1:]
-    writer.finish(scale=kl.scale, shape=list(shape))
+    # The manifest records the scale and, if all latents have one, their shape.
+    facts: dict[str, Any] = {"scale": loaded.scale, **loaded.record_shift()}
+    if "buckets" not in plan:
+        first = source.images.sample().x.to(state.device)
+        facts["shape"] = list(loaded.encode(first).shape[1:])
+    writer.finish(**facts)

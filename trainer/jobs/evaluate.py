@@ -27,7 +27,7 @@ from data.files import (
 )
 from data.images import Images, read_all
 from data.shards.claims import check_lease, claim_units
-from models.codec import KL, Codec, describe_codec
+from models.codec import Codec, LatentCodec, describe_codec
 from models.condition import ClassLabel
 from models.diffusers.text import Prompts
 from models.tensors import read_safetensors, to_safetensors
@@ -303,7 +303,7 @@ def load_or_measure_floors(
         seed: seed of the evaluation.
     """
     listings = [part.manifest["listing"] for part in sets]
-    weights = codec.weights() if isinstance(codec, KL) else None
+    weights = codec.weights() if isinstance(codec, LatentCodec) else None
     key = digest(canonical([description, listings, weights, samples, seed]))
     path = images / f"floors-{key[:16]}.json"
     if path.exists():

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.batch import check_one_size
 from data.files import canonical, digest
 from data.latents import Latents
 from data.pairs import PairWriter
@@ -28,6 +29,7 @@ def check_latents(source: Latents, teacher: SamplingModel) -> None:
         ValueError: they differ.
     """
     # Shape.
+    check_one_size(source, "`rectify invert`")
     shape = tuple(source.sample().x.shape[1:])
     expected = teacher.denoiser.shape
     if shape != expected:

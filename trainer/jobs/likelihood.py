@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Batch, IndexedDataset
+from data.batch import Batch, IndexedDataset, check_one_size
 from data.dequantised import Dequantised
 from data.files import write_json
 from data.latents import Latents
@@ -84,6 +84,7 @@ def likelihood(
     runs = run if isinstance(run, list) else [run]
     if not runs:
         raise ValueError("likelihood: run is an empty list; give at least one run folder")
+    check_one_size(data, "`rectify likelihood`")
 
     # Measure the runs.
     count = min(samples, data.manifest["samples"])

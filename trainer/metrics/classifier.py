@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.batch import RankBatches
+from data.batch import RankBatches, check_one_size
 from data.cache import exclusive
 from data.files import atomic_file, errors_named
 from data.images import Images, read_all
@@ -82,8 +82,10 @@ def load_or_train_classifier(
         heldout: images that its accuracy is measured on.
 
     Raises:
-        ValueError: the images have no class labels.
+        ValueError: the images have no class labels, or several sizes.
     """
+    for images in (train, heldout):
+        check_one_size(images, "the classifier")
     if not train.manifest["classes"]:
         raise ValueError(
             f"{folder}: has no class labels to train a classifier on; "

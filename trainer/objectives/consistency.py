@@ -143,7 +143,7 @@ class Consistency(Objective):
         n = self.steps * 2 ** min(self.doublings, training_step // self.double_every)
 
         # t = i/N, and the lower edge of its window, in units of 1/N.
-        times = self.times.for_interpolant(interpolant)
+        times = self.times.for_shape(x.shape).for_interpolant(interpolant)
         t = times(draw_stratified(random, "time", x))
         i = (t * n).ceil().clamp(max=n)
         width = n // self.windows

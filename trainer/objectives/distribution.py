@@ -114,7 +114,7 @@ class DistributionMatching(Objective):
 
         # 2. The same samples, noised to a random t.
         noise = draw_normal(random, "extra", samples)
-        times = self.times.for_interpolant(interpolant)
+        times = self.times.for_shape(samples.shape).for_interpolant(interpolant)
         u = times(draw_stratified(random, "time", samples))
         t = TIME_MARGIN + (1 - 2 * TIME_MARGIN) * u
         x_t = interpolant.mix(fixed_samples, noise, t)

@@ -74,7 +74,7 @@ class Matching(Objective):
         cond: Tensor | None = None,
         random: StepRandom | None = None,
     ) -> Loss:
-        times = self.times.for_interpolant(denoiser.interpolant)
+        times = self.times.for_shape(x.shape).for_interpolant(denoiser.interpolant)
         t = times(draw_stratified(random, "time", x))
         return self.loss_at(denoiser, x, eps, t, cond)
 

@@ -148,7 +148,7 @@ class MeanFlow(Objective):
         global batch, like the stratified times. Their choice needs no device sync.
         """
         # Two independent times, or a time and an interval.
-        times = self.times.for_interpolant(interpolant)
+        times = self.times.for_shape(x.shape).for_interpolant(interpolant)
         dtype = torch.promote_types(x.dtype, torch.float32)
         first = times(draw_stratified(random, "time", x)).to(dtype)
         u = draw_uniform(random, "end_time", first).to(dtype)

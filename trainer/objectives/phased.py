@@ -82,7 +82,8 @@ class Phased(Objective):
         x_line, eps_line = interpolant.solve_pair(x_s, s, x_e, e)
 
         # 3. Matching at a time inside the window.
-        t = e + (s - e) * self.matching.times(window.u)
+        times = self.matching.times.for_shape(x.shape)
+        t = e + (s - e) * times(window.u)
         return self.matching.loss_at(denoiser, x_line, eps_line, t, cond, e)
 
     def _check_windows(self, denoiser: DenoiserLike) -> None:

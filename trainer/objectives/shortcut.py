@@ -85,7 +85,7 @@ class Shortcut(Objective):
 
         # 1. Times: t = s for samples that learn from data, a step for every n-th sample, which
         #    learns from half steps, counted by the position in the global batch.
-        times = self.times.for_interpolant(interpolant)
+        times = self.times.for_shape(x.shape).for_interpolant(interpolant)
         t = times(draw_stratified(random, "time", x)).to(dtype)
         length = draw_uniform(random, "end_time", t).to(dtype)
         position = draw_uniform(random, "extra", t).to(dtype)

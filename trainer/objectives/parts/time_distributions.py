@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,13 @@ class TimeDistribution(ABC):
         """Return the distribution of t on this interpolant.
 
         It is this one itself, unless this is a distribution of the noise level.
+        """
+        return self
+
+    def for_shape(self, shape: Sequence[int]) -> "TimeDistribution":
+        """Return the distribution of t for states of a shape (..., H, W).
+
+        It is this one itself, unless this depends on the resolution.
         """
         return self
 
@@ -238,3 +245,69 @@ class Exponential(TimeDistribution):
 
     def density(self, t: Tensor) -> Tensor:
         return self.a * torch.exp(self.a * t) / math.expm1(self.a)
+
+
+class ShiftedTimes(TimeDistribution):
+    """Times of another distribution, shifted: t' = s t / (1 + (s - 1) t).
+
+    Esser et al. 2024 (arXiv 2403.03206), eq. 23.
+
+    Args:
+        times: the distribution of t; Uniform by default.
+        shift: s, positive; above 1 favours noise.
+    """
+
+    def __init__(self, times: TimeDistribution | None = None, shift: float = 3.0):
+        if not 0 < shift < math.inf:
+            raise ValueError(f"ShiftedTimes: shift is {shift}; it must be positive")
+        self.times = times or Uniform()
+        self.shift = shift
+
+    def for_interpolant(self, interpolant: Interpolant) -> TimeDistribution:
+        return ShiftedTimes(self.times.for_interpolant(interpolant), self.shift)
+
+    def for_shape(self, shape: Sequence[int]) -> TimeDistribution:
+        return ShiftedTimes(self.times.for_shape(shape), self.shift)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        t = self.times.quantile(u)
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def density(self, t: Tensor) -> Tensor:
+        # t = t' / (s - (s - 1) t'), with the slope s / (s - (s - 1) t')^2
+        divisor = self.shift - (self.shift - 1) * t
+        return self.times.density(t / divisor) * self.shift / divisor.square()
+
+
+class ShiftedByResolution(TimeDistribution):
+    """Times of another distribution, shifted towards noise for larger states.
+
+    The same noise hides less of a larger image. It is `ShiftedTimes` with the shift
+    sqrt(height x width) / base_size (Esser et al. 2024, arXiv 2403.03206, section 5.3.2).
+
+    Args:
+        times: the distribution of t at the base size; Uniform by default.
+        base_size: height and width of states without a shift, in numbers of latents, or in pixels
+            without a codec. The default is that of 256 pixels with a codec of factor 8.
+    """
+
+    def __init__(self, times: TimeDistribution | None = None, base_size: int = 32):
+        if base_size < 1:
+            raise ValueError(
+                f"ShiftedByResolution: base_size is {base_size}; it must be at least 1"
+            )
+        self.times = times or Uniform()
+        self.base_size = base_size
+
+    def for_interpolant(self, interpolant: Interpolant) -> TimeDistribution:
+        return ShiftedByResolution(self.times.for_interpolant(interpolant), self.base_size)
+
+    def for_shape(self, shape: Sequence[int]) -> TimeDistribution:
+        height, width = shape[-2:]
+        return ShiftedTimes(self.times, math.sqrt(height * width) / self.base_size)
+
+    def quantile(self, u: Tensor) -> Tensor:
+        return self.times.quantile(u)
+
+    def density(self, t: Tensor) -> Tensor:
+        return self.times.density(t)
