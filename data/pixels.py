@@ -91,14 +91,20 @@ def check_pixel_options(options: PixelOptions) -> None:
 
 @lru_cache
 def formats_of(suffix: str) -> tuple[str, ...]:
-    """Return the formats that a file may have: those with a signature, and that of its suffix."""
+    """Return the formats that a file may have: those with a signature, and that of its suffix.
+
+    They are tried in this order, that of the suffix first if it has a signature.
+    """
     formats = []
     for name in sorted(set(IMAGE_SUFFIXES.values())):
         _, accept = Image.OPEN[name]
         if accept:
             formats.append(name)
     by_suffix = IMAGE_SUFFIXES.get(suffix.lower())
-    if by_suffix and by_suffix not in formats:
+    if by_suffix in formats:
+        formats.remove(by_suffix)
+        formats.insert(0, by_suffix)
+    elif by_suffix:
         formats.append(by_suffix)
     return tuple(formats)
 
