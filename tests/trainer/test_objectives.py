@@ -28,11 +28,7 @@ DISTRIBUTIONS = [cls() for cls in TimeDistribution.__subclasses__()]
 DISTRIBUTIONS += [LogitNormal(-0.5, 1.4), UShaped(1.0)]
 
 
-def describe(distribution):
-    return f"{type(distribution).__name__}{vars(distribution)}"
-
-
-every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=describe)
+every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=repr)
 
 
 @every_distribution

@@ -43,11 +43,7 @@ DISTRIBUTIONS = [
 ]
 
 
-def describe(distribution):
-    return f"{type(distribution).__name__}{vars(distribution)}"
-
-
-every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=describe)
+every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=repr)
 
 
 @every_distribution

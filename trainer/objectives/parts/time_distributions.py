@@ -18,6 +18,10 @@ class TimeDistribution(ABC):
     It is given by its quantiles, so that stratified uniform numbers give stratified times.
     """
 
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in vars(self).items())
+        return f"{type(self).__name__}({arguments})"
+
     @abstractmethod
     def quantile(self, u: Tensor) -> Tensor:
         """Return the t at which the cumulative probability is u, for u in [0, 1)."""
