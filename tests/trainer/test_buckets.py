@@ -154,7 +154,7 @@ def test_a_batch_larger_than_a_bucket_is_refused(capfd, sets, tmp_path):
 
 
 def test_a_network_of_one_size_is_refused(capfd, sets, tmp_path):
-    net = spec("MLP", channels=1, size=8)
+    net = spec("models.nets.mlp.MLP", channels=1, size=8)
     refuse_fit(capfd, bucketed_config(sets, net=net), tmp_path, "(1, 8, 12)", "(1, 8, 8)")
 
 
