@@ -90,11 +90,12 @@ def measure_peaks(work: Callable[[Path], None], out: Path) -> tuple[int, int]:
     """Return the peak of memory, in KiB, when half of the images are packed and at the end."""
     half = []
     ended = threading.Event()
+    before = current()  # of earlier work
 
     def watch() -> None:
         while not half and not ended.wait(INTERVAL):
             meter = current()
-            if meter and meter.done >= meter.total / 2:
+            if meter and meter is not before and meter.done >= meter.total / 2:
                 half.append(read_peak())
 
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak

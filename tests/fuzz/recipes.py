@@ -231,11 +231,11 @@ def write_user_files(folder: Path) -> None:
 
 def write_photos(folder: Path) -> None:
     """Write 30 digits as PNG and JPEG files in two class folders."""
-    for i, (_, open_image, label) in enumerate(digits()[:30]):
-        class_folder = folder / f"class-{(label or 0) % 2}"
+    for i, digit in enumerate(digits()[:30]):
+        class_folder = folder / f"class-{(digit.label or 0) % 2}"
         class_folder.mkdir(parents=True, exist_ok=True)
         suffix = "jpg" if i % 3 else "png"
-        open_image().resize((16, 16)).save(class_folder / f"{i}.{suffix}")
+        digit.open().resize((16, 16)).save(class_folder / f"{i}.{suffix}")
 
 
 def write_foreign_tars(folder: Path) -> None:

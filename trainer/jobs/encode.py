@@ -26,9 +26,8 @@ from trainer.latent_statistics import (
 )
 
 log = logging.getLogger(__name__)
-CHECKED_IMAGES = (
-    256  # evenly spaced; of these the standard deviation is measured where a scale is kept
-)
+# Evenly spaced images, of which the standard deviation is measured where a scale is kept.
+CHECKED_IMAGES = 64
 UNIT_DEVIATION = (0.5, 2.0)  # a kept scale that gives latents another one is doubtful
 # Entries of sets by `rectify pack`, whose .json holds captions and sizes; latents keep it.
 PACKED = frozenset({"size", "captions", "buckets"})
